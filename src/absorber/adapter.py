@@ -1,0 +1,341 @@
+"""LoRA with a stream axis: each row of the batch may have weights of its own.
+
+The adapter reaches the model through forward hooks on its linear projections, so attaching and detaching leaves
+the module tree alone. This is the only file that knows PEFT, whose folder format memories are stored in.
+
+Shapes: B streams, T tokens, R rank, I inputs and O outputs of a projection.
+"""
+
+import contextlib
+import json
+import math
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absorber.backbone import Backbone, base_name, num_features
+from absorber.config import AbsorbConfig
+from absorber.errors import ConfigError, MemoryFileError, MemoryMismatchError, ModelError
+
+_PEFT_PREFIX = "base_model.model."
+_attached: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
+
+Snapshot = list[Tensor]
+
+
+class Adapter:
+    """The trainable weights of B streams: for each projection W a product B A, so that W x becomes W x + s B A x.
+
+    Low-Rank Adaptation, arXiv 2106.09685. With one stream the adapter serves batches of any size; with more, row b
+    of a batch uses the weights of stream b.
+    """
+
+    def __init__(self, down: dict[str, Tensor], up: dict[str, Tensor], *, alpha: float) -> None:
+        """Take weights as they are; `Adapter.fresh` makes new ones.
+
+        Args:
+            down: A by the projection's dotted name in the model, each [B, R, I].
+            up: B by the same names, each [B, O, R].
+            alpha: The product is scaled by alpha / R.
+        """
+        self.down = {name: nn.Parameter(weight) for name, weight in down.items()}
+        self.up = {name: nn.Parameter(weight) for name, weight in up.items()}
+        self.alpha = alpha
+        self.enabled = True
+
+    @classmethod
+    def fresh(cls, backbone: Backbone, config: AbsorbConfig, *, num_streams: int = 1) -> "Adapter":
+        """Make an adapter that changes nothing yet: A random, B zero. All streams begin alike.
+
+        Raises:
+            ConfigError: If `target_modules` or `adapted_layers` names nothing in the model.
+        """
+        chosen = _choose(backbone, config)
+        kind = getattr(torch, config.adapter_dtype)
+        generator = torch.Generator().manual_seed(config.seed)
+        down, up = {}, {}
+        for name, projection in chosen.items():
+            inputs, outputs = num_features(projection)
+            bound = 1 / math.sqrt(inputs)  # Kaiming uniform with a = sqrt(5), as PEFT begins
+            first_RI = torch.empty(config.rank, inputs).uniform_(-bound, bound, generator=generator)
+            place = backbone.device
+            down[name] = first_RI.to(place, kind).repeat(num_streams, 1, 1)
+            up[name] = torch.zeros(num_streams, outputs, config.rank, device=place, dtype=kind)
+        return cls(down, up, alpha=config.rank if config.alpha is None else config.alpha)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return next(iter(self.down.values())).shape[1]
+
+    @property
+    def num_streams(self) -> int:
+        """B."""
+        return next(iter(self.down.values())).shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return self.alpha / self.rank
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all streams' weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights, in a fixed order; axis 0 is the stream."""
+        return [weight for name in self.down for weight in (self.down[name], self.up[name])]
+
+    # --- Attaching
+
+    @contextlib.contextmanager
+    def attached(self, backbone: Backbone) -> Iterator[None]:
+        """Apply the adapter to every forward pass of the model inside the `with` block.
+
+        Raises:
+            ModelError: If another adapter is attached, or a projection is not in the model.
+        """
+        if backbone.model in _attached:
+            raise ModelError("a memory is already applied to this model; leave its `with` block first")
+        strangers = sorted(set(self.down) - set(backbone.projections))
+        if strangers:
+            raise ModelError(f"the model has no projection {strangers[0]}; this memory is of another architecture")
+        handles = []
+        _attached[backbone.model] = self
+        try:
+            for name in self.down:
+                handles.append(backbone.projections[name].register_forward_hook(self._hook(name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            del _attached[backbone.model]
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the pristine base model speak inside the `with` block, while attached."""
+        before = self.enabled
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _hook(self, name: str) -> Any:
+        down_BRI, up_BOR = self.down[name], self.up[name]
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self.enabled:
+                return None
+            return output + self.scale * low_rank_product(args[0], down_BRI, up_BOR).view_as(output)
+
+        return add
+
+    # --- Streams
+
+    def snapshot(self, streams: Tensor | None = None) -> Snapshot:
+        """Copy the weights of all streams, or of those where the mask [B] is True."""
+        return [(weight if streams is None else weight[streams]).detach().clone() for weight in self.parameters()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot, streams: Tensor | None = None) -> None:
+        """Put back what `snapshot` returned for the same streams."""
+        for weight, saved in zip(self.parameters(), snapshot, strict=True):
+            if streams is None:
+                weight.copy_(saved)
+            else:
+                weight[streams] = saved
+
+    def stream(self, index: int) -> "Adapter":
+        """Copy one stream's weights into an adapter of its own."""
+        return Adapter(
+            {name: weight[index : index + 1].detach().clone() for name, weight in self.down.items()},
+            {name: weight[index : index + 1].detach().clone() for name, weight in self.up.items()},
+            alpha=self.alpha,
+        )
+
+    def to(self, device: torch.device) -> "Adapter":
+        """Copy to a device."""
+        return Adapter(
+            {name: weight.detach().to(device) for name, weight in self.down.items()},
+            {name: weight.detach().to(device) for name, weight in self.up.items()},
+            alpha=self.alpha,
+        )
+
+
+def low_rank_product(x: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
+    """Compute B A x with each row's own A and B, in the type of x.
+
+    Args:
+        x: [B, T, I], or [B * T, I] from models that flatten the batch; with one stream any [..., I].
+        down_BRI: A.
+        up_BOR: B.
+
+    Returns:
+        As x, with O in the place of I.
+
+    Raises:
+        ModelError: If the batch is not of B rows.
+    """
+    down_BRI, up_BOR = down_BRI.to(x.dtype), up_BOR.to(x.dtype)
+    num_streams = down_BRI.shape[0]
+    if num_streams == 1:
+        return nn.functional.linear(nn.functional.linear(x, down_BRI[0]), up_BOR[0])
+    flat = x.dim() == 2
+    if x.shape[0] != num_streams and not (flat and x.shape[0] % num_streams == 0):
+        raise ModelError(f"the adapter has {num_streams} streams, so the batch needs as many rows; got {x.shape[0]}")
+    x_BTI = x.reshape(num_streams, -1, x.shape[-1])
+    product_BTO = torch.bmm(torch.bmm(x_BTI, down_BRI.mT), up_BOR.mT)
+    return product_BTO.flatten(0, 1) if flat else product_BTO
+
+
+def mean_update(adapter: Adapter, before: Snapshot, norm: str) -> Tensor:
+    """Mean absolute ("l1") or squared ("l2") change of an adapted weight since a snapshot.
+
+    Returns:
+        One number per stream [B], float32, with gradient.
+
+    Cost: "l2" stays in rank space by tr(A A^T B^T B); "l1" has to build each O x I change, one at a time.
+    """
+    total_B = torch.zeros(adapter.num_streams, device=before[0].device)
+    count = 0
+    for index, name in enumerate(adapter.down):
+        old_BRI, old_BOR = before[2 * index].float(), before[2 * index + 1].float()
+        down_BRI = torch.cat([adapter.down[name].float(), old_BRI], dim=1)
+        up_BOR = torch.cat([adapter.up[name].float(), -old_BOR], dim=2) * adapter.scale
+        count += up_BOR.shape[1] * down_BRI.shape[2]
+        if norm == "l2":
+            total_B = total_B + ((down_BRI @ down_BRI.mT) * (up_BOR.mT @ up_BOR)).sum(dim=(1, 2))
+        else:
+            total_B = total_B + (up_BOR @ down_BRI).abs().sum(dim=(1, 2))
+    return total_B / count
+
+
+def _choose(backbone: Backbone, config: AbsorbConfig) -> dict[str, nn.Module]:
+    """The projections that get an adapter, by name."""
+    chosen = backbone.projections
+    if config.target_modules is not None:
+        known = sorted({_suffix(name) for name in chosen})
+        strangers = sorted(set(config.target_modules) - set(known))
+        if strangers:
+            raise ConfigError(f"target_modules has {', '.join(strangers)}; this model has {', '.join(known)}")
+        chosen = {name: module for name, module in chosen.items() if _suffix(name) in config.target_modules}
+    if config.adapted_layers is not None:
+        wrong = [layer for layer in config.adapted_layers if not 0 <= layer < len(backbone.blocks)]
+        if wrong:
+            raise ConfigError(f"adapted_layers has {wrong[0]}; this model has layers 0 to {len(backbone.blocks) - 1}")
+        chosen = {
+            name: module for name, module in chosen.items() if _layer(name, backbone) in set(config.adapted_layers)
+        }
+    return chosen
+
+
+def _suffix(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _layer(name: str, backbone: Backbone) -> int:
+    return int(name.removeprefix(backbone.blocks_name + ".").split(".", 1)[0])
+
+
+# --- PEFT folders ----------------------------------------------------------------------------------------------
+
+
+def save_peft(adapter: Adapter, backbone: Backbone, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write one stream's weights as a PEFT LoRA folder, which PEFT, vLLM and SGLang load.
+
+    Args:
+        adapter: An adapter of one stream.
+        backbone: The model that it belongs to.
+        folder: An existing folder.
+        dtype: Type of the stored weights.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    layers = sorted({_layer(name, backbone) for name in adapter.down})
+    partial = len(layers) < len(backbone.blocks)
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        # PEFT takes a whole number here in its annotations only; the value is used as it is.
+        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted({_suffix(name) for name in adapter.down}),
+        layers_to_transform=layers if partial else None,
+        layers_pattern=_suffix(backbone.blocks_name) if partial else None,
+        fan_in_fan_out=_fan_in_fan_out(backbone),
+        base_model_name_or_path=base_name(backbone.model),
+        inference_mode=True,
+    ).save_pretrained(folder)
+    weights = {}
+    for name in adapter.down:
+        weights[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = adapter.down[name][0].detach().to("cpu", dtype).contiguous()
+        weights[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = adapter.up[name][0].detach().to("cpu", dtype).contiguous()
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_peft(backbone: Backbone, folder: Path) -> Adapter:
+    """Read a PEFT LoRA folder, whether Absorber or PEFT wrote it.
+
+    Raises:
+        MemoryFileError: If files are missing or damaged, or it is more than a plain LoRA.
+        MemoryMismatchError: If its weights do not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise MemoryFileError(
+            f"{folder} is not a memory: {Path(str(error.filename or error)).name} is missing"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MemoryFileError(f"{folder} is damaged: {error}. Absorb the text again, or restore a copy") from error
+    extras = [
+        key
+        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "use_bdlora", "lora_bias")
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
+        what = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(extras) or "bias"
+        raise MemoryFileError(f"{folder} holds {what}; only plain LoRA of one rank can be read")
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        name, _, part = key.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        projection = backbone.projections.get(name)
+        table = {"A.weight": down, "B.weight": up}.get(part)
+        if projection is None or table is None:
+            raise MemoryMismatchError(
+                f"{folder} has weights for {name or key}, which {type(backbone.model).__name__} "
+                f"({base_name(backbone.model)}) does not have; load the model it was absorbed with: "
+                f"{config.get('base_model_name_or_path')}"
+            )
+        inputs, outputs = num_features(projection)
+        shape = (config["r"], inputs) if part == "A.weight" else (outputs, config["r"])
+        if tuple(weight.shape) != shape:
+            raise MemoryMismatchError(
+                f"{folder} has {tuple(weight.shape)} for {name}, but {base_name(backbone.model)} needs {shape}; "
+                f"load the model it was absorbed with: {config.get('base_model_name_or_path')}"
+            )
+        table[name] = weight.to(backbone.device, torch.float32)[None]
+    if not down or set(down) != set(up):
+        raise MemoryFileError(f"{folder} is damaged: its A and B matrices do not pair up; absorb the text again")
+    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+    return Adapter(down, {name: up[name] for name in down}, alpha=alpha)
+
+
+def _fan_in_fan_out(backbone: Backbone) -> bool:
+    """Whether PEFT has to be told that weights are stored transposed (GPT-2's Conv1D)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in backbone.projections.values())

@@ -1,0 +1,264 @@
+"""Causal language models as the method sees them: look into one, run it and keep its hidden states.
+
+The user's Hugging Face model stays their own object: nothing here replaces a module or changes a weight, and
+hooks live no longer than the `with` block or call that sets them.
+
+Shapes: B streams, T tokens, D hidden, V vocabulary.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from absorber.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backbone:
+    """A causal language model, with the parts that absorption needs found and named."""
+
+    model: Any
+    """The user's Hugging Face model."""
+    decoder: nn.Module
+    """The model without its output head: token ids to final hidden states."""
+    blocks: nn.ModuleList
+    """The transformer blocks, in order."""
+    blocks_name: str
+    """Dotted name of `blocks` in the model."""
+    head: nn.Module
+    """The output projection: hidden states to logits."""
+    projections: dict[str, nn.Module]
+    """Every linear projection inside the blocks, by its dotted name in the model."""
+    max_positions: int | None
+    """Positions that the model was built for; None if it names no limit."""
+    logits_softcap: float | None
+    """Logits x become cap * tanh(x / cap) (Gemma 2)."""
+    logits_divisor: float
+    """Logits are divided by this (Granite); 1 for most."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input goes."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Project final hidden states to logits, as the model itself does, in its own type."""
+        logits_BTV: Tensor = self.head(hidden_BTD.to(self.head.weight.dtype)) / self.logits_divisor  # type: ignore
+        if self.logits_softcap is not None:
+            logits_BTV = torch.tanh(logits_BTV / self.logits_softcap) * self.logits_softcap
+        return logits_BTV
+
+
+def inspect(model: Any) -> Backbone:
+    """Find in a Hugging Face causal language model the parts that absorption needs.
+
+    Raises:
+        ModelError: If a part is missing; the message names it.
+    """
+    kind = type(model).__name__
+
+    def missing(what: str) -> ModelError:
+        return ModelError(f"{kind} cannot be used: {what}. Absorber needs a decoder-only Hugging Face causal LM")
+
+    if not hasattr(model, "config"):
+        raise ModelError(f"a Hugging Face model is needed; got {kind}. Load one with absorber.load()")
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise missing("it has no output embeddings (lm_head)")
+    if getattr(config, "is_encoder_decoder", False):
+        raise missing("it is an encoder-decoder")
+    num_layers = getattr(config, "num_hidden_layers", None)
+    # The decoder's whole stack is the outermost list with one module per layer.
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not stacks:
+        raise missing(f"it has no list of {num_layers} blocks")
+    blocks_name, blocks = min(stacks, key=lambda pair: pair[0].count("."))
+    decoder = getattr(model, "base_model", None)
+    if decoder is None or decoder is model:
+        raise missing("its decoder without the output head was not found (base_model)")
+    projections = {
+        f"{blocks_name}.{name}": module
+        for name, module in blocks.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    if not projections:
+        raise missing("its blocks hold no linear projections (torch.nn.Linear or Conv1D)")
+    return Backbone(
+        model=model,
+        decoder=decoder,
+        blocks=blocks,
+        blocks_name=blocks_name,
+        head=head,
+        projections=projections,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        logits_softcap=getattr(config, "final_logit_softcapping", None),
+        logits_divisor=float(getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def num_features(projection: Any) -> tuple[int, int]:
+    """Return (inputs, outputs) of a linear projection; `Conv1D` keeps them the other way round."""
+    if isinstance(projection, Conv1D):
+        return int(projection.nx), int(projection.nf)
+    return int(projection.in_features), int(projection.out_features)
+
+
+def fingerprint(model: Any) -> str:
+    """Identify the base model: SHA-256 of its geometry and of samples of its embedding and its vectors.
+
+    The samples are rounded to bfloat16, so that the same weights in float32 and bfloat16 agree, and leave out the
+    large matrices, so that a quantized copy agrees as well.
+    """
+    config = model.config.get_text_config()
+    facts = [
+        getattr(config, key, None)
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    ]
+    digest = hashlib.sha256(repr(facts).encode())
+    table = model.get_input_embeddings().weight
+    rows = torch.linspace(0, table.shape[0] - 1, 64, device=table.device).long()
+    samples = [table[rows, :16]]
+    samples += [weight for name, weight in model.named_parameters() if weight.dim() == 1 and "lora_" not in name]
+    for sample in samples:
+        digest.update(sample.detach().to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sink_token(model: Any, tokenizer: Any) -> int:
+    """Return the id of the token that starts plain text, which serves as attention sink.
+
+    It is the document separator `<|endoftext|>` where the tokenizer has one, because there `bos_token` may start a
+    chat turn (SmolLM2), then `bos_token`, then `eos_token`.
+
+    Raises:
+        ModelError: If the tokenizer has none of them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    candidates = [vocabulary.get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    candidates.append(model.config.get_text_config().eos_token_id)
+    for candidate in candidates:
+        if isinstance(candidate, int):
+            return candidate
+    raise ModelError("the tokenizer has no <|endoftext|>, bos_token or eos_token to begin a text with; set bos_token")
+
+
+def eos_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the ids that end a generated text: the tokenizer's, the model's and the document separator."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for ids in (
+        tokenizer.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        getattr(generation, "eos_token_id", None),
+    ):
+        if ids is not None:
+            found.update(ids if isinstance(ids, Sequence) else [ids])
+    separator = tokenizer.get_vocab().get("<|endoftext|>")
+    return found | ({separator} if separator is not None else set())
+
+
+# --- Running it -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode with frozen weights; afterwards every flag is as it was, exceptions included."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Hidden states at some positions."""
+
+    layers: tuple[Tensor, ...]
+    """The chosen ones, each [B, T, D]; see `forward_states`."""
+    final_BTD: Tensor
+    """After the final norm: what the output head reads."""
+
+
+def forward_states(
+    backbone: Backbone,
+    input_ids_BT: Tensor,
+    *,
+    first: int = 0,
+    layers: Sequence[int] = (),
+    position_ids_BT: Tensor | None = None,
+) -> States:
+    """Run the decoder and keep the hidden states from position `first` on.
+
+    Args:
+        backbone: The model.
+        input_ids_BT: Token ids [B, T].
+        first: First position to keep; earlier ones are run but not kept.
+        layers: Hidden states to keep, in this order: -1 the embedding, 0 .. L-1 the outputs of the blocks, L the
+            final norm (which `States.final_BTD` always holds).
+        position_ids_BT: Position ids, if not 0, 1, 2, ...
+    """
+    num_layers = len(backbone.blocks)
+    kept: dict[int, Tensor] = {}
+    handles = []
+
+    def keeper(index: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            kept[index] = (output[0] if isinstance(output, tuple) else output)[:, first:]
+
+        return keep
+
+    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept[-1] = (args[0] if args else kwargs["hidden_states"])[:, first:]
+
+    try:
+        for index in layers:
+            if index == -1:
+                handles.append(backbone.blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+            elif index < num_layers:
+                handles.append(backbone.blocks[index].register_forward_hook(keeper(index)))
+        extra = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        output = backbone.decoder(input_ids=input_ids_BT, use_cache=False, **extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    final_BTD = output.last_hidden_state[:, first:]
+    return States(
+        layers=tuple(final_BTD if index == num_layers else kept[index] for index in layers), final_BTD=final_BTD
+    )
+
+
+def check_positions(backbone: Backbone, num_tokens: int) -> None:
+    """Refuse an input that is longer than the model's positions.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if backbone.max_positions is not None and num_tokens > backbone.max_positions:
+        raise ConfigError(
+            f"a window of {num_tokens} tokens (context_tokens + sync_tokens + sink) is larger than the "
+            f"{backbone.max_positions} positions of the model; make context_tokens or sync_tokens smaller"
+        )
+
+
+def base_name(model: Any) -> str:
+    """Return the name under which `load` finds this model again."""
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

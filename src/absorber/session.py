@@ -1,0 +1,510 @@
+"""A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed.
+
+`absorb` is a session that reads one text and keeps the memory alone.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from absorber.backbone import eos_tokens, inspect, sink_token, untouched
+from absorber.config import AbsorbConfig, StreamConfig
+from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError, SessionNotFoundError
+from absorber.generation import Decoder, choose_token
+from absorber.memory import Memory, Round
+from absorber.store import read_json, recover, whole_folder, write_json
+from absorber.stream import Stream
+from absorber.text import cut
+
+FORMAT = 1
+STATE = "session.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a session stands, for whoever shows it."""
+
+    num_tokens: int
+    """Tokens that have entered the window or are absorbed."""
+    num_rounds: int
+    """Rounds finished."""
+    step: int
+    """Step of the running round, from 0; `max_steps` when its last loss was taken."""
+    max_steps: int
+    """K."""
+    loss: float
+    """Synchronization loss before that step."""
+    finished: Round | None
+    """The round that has just ended, or None."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Session:
+    """An endless text for a model with a finite window. Algorithm 2, arXiv 2604.20915.
+
+    What is in the window is read verbatim; what left it is in the memory. The model is changed only while a method
+    of the session runs, and is bit for bit what it was whenever control is with the caller.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: AbsorbConfig | None = None,
+        stream: StreamConfig | None = None,
+        *,
+        memory: Memory | None = None,
+        progress: OnProgress | None = None,
+    ) -> None:
+        """Begin with an empty window.
+
+        Args:
+            model: A Hugging Face causal language model.
+            tokenizer: Its tokenizer.
+            config: How a context is absorbed; that of the memory, if one is given, or the default.
+            stream: Window sizes and generation; that of the memory, if one is given, or the default.
+            memory: A memory to go on from; it is changed in place.
+            progress: Called before each step and after each round.
+
+        Raises:
+            ModelError: If the model cannot be used.
+            ConfigError: If the window is larger than the model's positions, or a setting does not fit the model.
+            MemoryMismatchError: If the memory is of another model.
+        """
+        config = config or (memory.config if memory else AbsorbConfig())
+        stream = stream or (memory.stream if memory else StreamConfig())
+        self.model, self.tokenizer = model, tokenizer
+        self._backbone = inspect(model)
+        if memory is None:
+            sink_id = sink_token(model, tokenizer)
+            memory = Memory.fresh(model, sink_id=sink_id, config=config, stream=stream)
+        else:
+            memory.check(model)
+            if (config.rank, config.sink) != (memory.config.rank, memory.config.sink):
+                raise ConfigError(
+                    f"the memory has rank {memory.config.rank} and sink {memory.config.sink!r}; got {config.rank} and "
+                    f"{config.sink!r}. These cannot change once it is begun; leave them out or begin a new memory"
+                )
+            memory.config, memory.stream = config, stream
+        self.memory = memory
+        self._progress = progress
+        self._eos_ids = eos_tokens(model, tokenizer)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._sources: dict[str, int] = {}
+        self._decoder = Decoder(self._backbone, read_tokens=stream.read_tokens)
+        self._stream = Stream(
+            self._backbone,
+            memory.adapter,
+            config,
+            stream,
+            sink_id=memory.sink_id,
+            on_step=self._on_step,
+            on_round=self._on_round,
+        )
+        self._stream.num_rounds = memory.num_rounds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._decoder.reset()
+
+    # --- State
+
+    @property
+    def window_ids(self) -> list[int]:
+        """Z: the token ids that the model reads verbatim."""
+        return self._stream.window_BT[0].tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens absorbed so far and in the window."""
+        return self.memory.num_tokens + self._stream.window_BT.shape[1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return self._decoder.cache_bytes
+
+    def source_tokens(self, name: str) -> int:
+        """How many tokens of a named source were read (see `read`)."""
+        return self._sources.get(name, 0)
+
+    # --- Reading
+
+    def append(self, text: str) -> int:
+        """Read text at the end of the stream, absorbing what leaves the window.
+
+        Args:
+            text: Any amount; parts of one text are best cut at ends of lines, for each is tokenized by itself.
+
+        Returns:
+            How many tokens it had.
+
+        Raises:
+            AbsorptionError: If a round cannot be carried out. Nothing is lost: the text stays in the window or
+                pending, and the next call goes on.
+        """
+        count = 0
+        for piece in cut([text]):
+            token_ids = self._tokenize(piece)
+            count += len(token_ids)
+            self._append_ids(token_ids)
+        return count
+
+    def read(self, name: str, parts: Iterable[str]) -> int:
+        """Read a source from where this session stopped in it; a source read to its end adds nothing.
+
+        Args:
+            name: What the session calls the source, for instance its path.
+            parts: Its text from the beginning, in parts of any size, cut in the same or another way as before.
+
+        Returns:
+            How many tokens were new.
+
+        Raises:
+            AbsorptionError: As `append`.
+        """
+        self._append_ids([])  # what an interruption left pending
+        seen = read = 0
+        for piece in cut(parts):
+            token_ids = self._tokenize(piece)
+            known = self._sources.get(name, 0)
+            fresh = token_ids[max(0, known - seen) :]
+            seen += len(token_ids)
+            if fresh:
+                # Counted first: from here on the tokens are the stream's, pending at worst.
+                self._sources[name] = seen
+                read += len(fresh)
+                self._append_ids(fresh)
+        return read
+
+    def flush(self) -> None:
+        """End the input: absorb the rest of the window if `StreamConfig.flush` is "generate", else keep it."""
+        if self.memory.stream.flush == "generate":
+            self._flush()
+
+    def _flush(self) -> None:
+        self._stream.flush(eos_ids=self._eos_ids, generator=self._generator)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _append_ids(self, token_ids: list[int]) -> None:
+        self._stream.append(torch.tensor([token_ids], dtype=torch.long))
+
+    # --- Answering
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+    ) -> str:
+        """Answer from memory and window; the session stays as it is, question and answer forgotten.
+
+        Args:
+            question: Any text; models with a chat template get it as a user's turn.
+            max_new_tokens: These three are as in `StreamConfig`, which has their defaults.
+            temperature: Same.
+            top_p: Same.
+
+        Raises:
+            ContextError: If the question is empty, or too long for the model with the window.
+        """
+        if not question.strip():
+            raise ContextError("the question is empty; give one")
+        settings = self._sampling(max_new_tokens, temperature, top_p)
+        generator = torch.Generator()
+        generator.set_state(self._generator.get_state())
+        with self._speaking():
+            decoder = self._at_window().fork()
+            decoder.read(self._tokenize(self._turn(question)))
+        written: list[int] = []
+        while len(written) < settings.max_new_tokens:
+            token = choose_token(
+                decoder.logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=generator
+            )
+            if token in self._eos_ids:
+                break
+            written.append(token)
+            with self._speaking():
+                decoder.read([token])
+        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        raw: bool = False,
+    ) -> Iterator[str]:
+        """Continue the stream; what is written becomes part of it and is absorbed in its turn (Algorithm 2).
+
+        Args:
+            prompt: Read first; models with a chat template get it as a user's turn.
+            max_new_tokens: These three are as in `StreamConfig`, which has their defaults.
+            temperature: Same.
+            top_p: Same.
+            raw: Read the prompt as it is, without chat template.
+
+        Yields:
+            Text as it is written, until an end-of-sequence token.
+
+        Raises:
+            ContextError: If there is nothing to continue.
+            AbsorptionError: If a round cannot be carried out.
+        """
+        settings = self._sampling(max_new_tokens, temperature, top_p)
+        if prompt is not None:
+            self._append_ids(self._tokenize(prompt if raw else self._turn(prompt)))
+        written: list[int] = []
+        shown = ""
+        while len(written) < settings.max_new_tokens:
+            with self._speaking():
+                logits_V = self._at_window().logits_V
+            token = choose_token(
+                logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=self._generator
+            )
+            self._append_ids([token])
+            if token in self._eos_ids:
+                break
+            written.append(token)
+            text = str(self.tokenizer.decode(written, skip_special_tokens=True))
+            if not text.endswith("�"):  # the first bytes of a character that is not complete
+                yield text[len(shown) :]
+                shown = text
+        rest = str(self.tokenizer.decode(written, skip_special_tokens=True))[len(shown) :]
+        if rest:
+            yield rest
+
+    def _sampling(self, max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> StreamConfig:
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        return self.memory.stream.replace(**{key: value for key, value in given.items() if value is not None})
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """The model with its memory; left before control goes back to the caller."""
+        with untouched(self.model), self.memory.adapter.attached(self._backbone):
+            yield
+
+    def _at_window(self) -> Decoder:
+        """The decoder, having read the sink and the whole window."""
+        sink = [self.memory.sink_id] if self.memory.config.sink == "shared" else []
+        token_ids = sink + self.window_ids
+        self._decoder.read(token_ids[self._decoder.num_tokens :])
+        return self._decoder
+
+    def _turn(self, message: str) -> str:
+        """A user's message as the model's chat template has it; without a template, a question and its answer."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return f"\n\nQuestion: {message}\nAnswer:"
+        user = {"role": "user", "content": message}
+        earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+
+        def render(turns: list[dict[str, str]], *, reply: bool) -> str:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply))
+
+        # A turn inside a conversation, so that a system prompt is not repeated with every turn.
+        whole, before = render([*earlier, user], reply=True), render(earlier, reply=False)
+        return whole.removeprefix(before) if whole.startswith(before) else render([user], reply=True)
+
+    # --- Progress
+
+    def _on_step(self, step: int, loss_B: torch.Tensor) -> None:
+        self._report(step, float(loss_B[0]), None)
+
+    def _on_round(self, rounds: list[Round]) -> None:
+        self.memory.note(rounds[0])
+        self._decoder.reset()  # other weights, another window
+        self._report(rounds[0].num_steps, rounds[0].loss_after, rounds[0])
+
+    def _report(self, step: int, loss: float, finished: Round | None) -> None:
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    num_tokens=self.num_tokens,
+                    num_rounds=self.memory.num_rounds,
+                    step=step,
+                    max_steps=self.memory.config.max_steps,
+                    loss=loss,
+                    finished=finished,
+                )
+            )
+
+    # --- On disk
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write window, memory and state into a folder, whole or not at all; `resume` goes on from it.
+
+        The folder `memory` in it is a PEFT folder like that of `Memory.save`.
+
+        Raises:
+            MemoryFileError: If something that is not a session stands there, or it cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        with whole_folder(Path(folder), marker=STATE) as scratch:
+            (scratch / "memory").mkdir()
+            self.memory.write(scratch / "memory", self.model)
+            write_json(
+                scratch / STATE,
+                {
+                    "format": FORMAT,
+                    "window": self.window_ids,
+                    "pending": self._stream.pending_BT[0].tolist(),
+                    "sources": self._sources,
+                    "random_state": self._generator.get_state().numpy().tobytes().hex(),
+                },
+            )
+            if self._stream.optimizer is not None:
+                state = self._stream.optimizer.state_dict()["state"]
+                save_file(
+                    {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()},
+                    scratch / _OPTIMIZER,
+                )
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | os.PathLike[str],
+        model: Any,
+        tokenizer: Any,
+        *,
+        progress: OnProgress | None = None,
+    ) -> "Session":
+        """Go on from a folder that `save` wrote.
+
+        Raises:
+            SessionNotFoundError: If there is no session.
+            MemoryFileError: If it is damaged.
+            MemoryMismatchError: If it is of another model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        place = Path(folder)
+        if not is_session(place):
+            raise SessionNotFoundError(f"there is no session in {place}; give a folder that a session was saved to")
+        content = read_json(place / STATE)
+        session = cls(model, tokenizer, memory=Memory.load(place / "memory", model), progress=progress)
+        try:
+            if content["format"] > FORMAT:
+                raise MemoryFileError(
+                    f"{place} has format {content['format']}; this version reads up to {FORMAT}. "
+                    "Install a newer absorber"
+                )
+            session._stream.window_BT = torch.tensor([content["window"]], dtype=torch.long)
+            session._stream.pending_BT = torch.tensor([content["pending"]], dtype=torch.long)
+            session._sources = {str(name): int(count) for name, count in content["sources"].items()}
+            state = bytearray.fromhex(content["random_state"])
+            session._generator.set_state(torch.frombuffer(state, dtype=torch.uint8).clone())
+            if session._stream.optimizer is not None and (place / _OPTIMIZER).is_file():
+                saved = session._stream.optimizer.state_dict()
+                for key, value in load_file(place / _OPTIMIZER).items():
+                    index, name = key.split(".")
+                    saved["state"].setdefault(int(index), {})[name] = value
+                session._stream.optimizer.load_state_dict(saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise MemoryFileError(f"{place} is damaged: {error}. Restore a copy, or start anew") from error
+        return session
+
+
+def is_session(folder: str | os.PathLike[str]) -> bool:
+    """Whether a session was saved to this folder."""
+    recover(Path(folder))
+    return (Path(folder) / STATE).is_file()
+
+
+def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> Session:
+    """A session on a saved session, or on a saved memory with an empty window.
+
+    Raises:
+        MemoryFileError: If the folder is neither.
+        MemoryMismatchError: If it is of another model.
+    """
+    if is_session(folder):
+        return Session.resume(folder, model, tokenizer)
+    return Session(model, tokenizer, memory=Memory.load(folder, model))
+
+
+def saved_base(folder: str | os.PathLike[str]) -> str:
+    """Name of the base model that a saved session or memory needs, read without a model.
+
+    Raises:
+        MemoryFileError: If the folder is neither.
+    """
+    place = Path(folder)
+    return str(Memory.provenance(place / "memory" if is_session(place) else place)["base"])
+
+
+def absorb(
+    model: Any,
+    tokenizer: Any,
+    text: str | Iterable[str],
+    config: AbsorbConfig | None = None,
+    stream: StreamConfig | None = None,
+    *,
+    memory: Memory | None = None,
+    progress: OnProgress | None = None,
+) -> Memory:
+    """Absorb a text of any length into a memory of constant size.
+
+    Args:
+        model: A Hugging Face causal language model; untouched.
+        tokenizer: Its tokenizer.
+        text: The text, or its parts, cut at ends of lines.
+        config: How a context is absorbed; the default if left out.
+        stream: How the text is cut; the default if left out. Its `flush` is "generate" unless it says "keep",
+            which leaves the last tokens, at most n + m - 1, out of the memory.
+        memory: A memory to go on from; it is changed in place and returned.
+        progress: Called before each step and after each round.
+
+    Returns:
+        The memory; its ledger says what every round did.
+
+    Raises:
+        ContextError: If the text is empty, or with `flush="keep"` shorter than a window.
+        DivergedError: If every round was rolled back.
+        AbsorptionError: If a round cannot be carried out.
+    """
+    with Session(model, tokenizer, config, stream, memory=memory, progress=progress) as session:
+        before = session.memory.num_rounds, session.memory.num_rolled_back
+        num_tokens = session.read("text", [text] if isinstance(text, str) else text)
+        if not num_tokens:
+            raise ContextError("the text is empty, so there is nothing to absorb; give some text")
+        if session.memory.stream.flush != "keep":
+            session._flush()
+        finish(session.memory, since=before, num_tokens=num_tokens)
+        return session.memory
+
+
+def finish(memory: Memory, *, since: tuple[int, int], num_tokens: int) -> None:
+    """Refuse a memory that absorbed nothing of what was read."""
+    rounds, rolled_back = memory.num_rounds - since[0], memory.num_rolled_back - since[1]
+    if rounds == 0:
+        window = memory.stream.window_tokens
+        raise ContextError(
+            f"the text has {num_tokens} tokens and the window {window}, so nothing left it to be absorbed; give more "
+            'text, make context_tokens or sync_tokens smaller, or use flush = "generate"'
+        )
+    if rounds == rolled_back:
+        raise DivergedError(
+            f"all {rounds} rounds were rolled back because their loss rose or was not finite, so nothing was absorbed; "
+            "use a smaller learning_rate"
+        )

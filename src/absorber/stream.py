@@ -1,0 +1,155 @@
+"""The sliding window: Algorithm 2 of arXiv 2604.20915 over B streams that advance together.
+
+The window Z never exceeds n + m tokens. Once it is full, its oldest n tokens X are absorbed by synchronizing on the
+m after them, Y, and dropped; Y stays. So every token is absorbed once, and what is in view never is.
+
+Shapes: B streams, T tokens.
+"""
+
+import contextlib
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor
+
+from absorber.absorption import absorb_context, new_optimizer
+from absorber.adapter import Adapter
+from absorber.backbone import Backbone, check_positions
+from absorber.config import AbsorbConfig, StreamConfig
+from absorber.errors import ContextError
+from absorber.memory import Round
+from absorber.subsequent import generate_subsequent
+from absorber.teacher import with_sink
+
+OnStep = Callable[[int, Tensor], None]
+OnRound = Callable[[list[Round]], None]
+
+
+class Stream:
+    """B token sequences of any length, each with its window and its row of the adapter."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: Adapter,
+        config: AbsorbConfig,
+        stream: StreamConfig,
+        *,
+        sink_id: int,
+        on_step: OnStep | None = None,
+        on_round: OnRound | None = None,
+    ) -> None:
+        """Begin with an empty window.
+
+        Args:
+            backbone: The model.
+            adapter: One row of weights per stream; trained in place.
+            config: How a context is absorbed.
+            stream: n, m, and what to do at the end.
+            sink_id: First token of teacher and student.
+            on_step: Called before each optimizer step with its number and the losses [B].
+            on_round: Called after each round with one ledger line per stream.
+
+        Raises:
+            ConfigError: If the window is larger than the model's positions.
+        """
+        check_positions(backbone, stream.window_tokens + 1)
+        self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
+        self._sink_id = sink_id
+        self._on_step, self._on_round = on_step, on_round
+        self.optimizer = new_optimizer(adapter, config) if config.optimizer_state == "carry" else None
+        self.window_BT = torch.zeros(adapter.num_streams, 0, dtype=torch.long)
+        """Z: what the model reads verbatim."""
+        self.pending_BT = self.window_BT
+        """Given, but not yet in the window; empty unless `append` was interrupted."""
+        self.num_rounds = 0
+        """Rounds so far."""
+
+    def append(self, token_ids_BT: Tensor) -> None:
+        """Add tokens at the end, absorbing what leaves the window.
+
+        If a round is interrupted or fails, its text is still in the window and the rest is pending: the next call,
+        also with no tokens, goes on from there.
+
+        Raises:
+            ContextError: If the batch is not that of the adapter.
+            AbsorptionError: If a round cannot be carried out.
+        """
+        if token_ids_BT.shape[0] != self.window_BT.shape[0]:
+            raise ContextError(f"there are {self.window_BT.shape[0]} streams; got tokens for {token_ids_BT.shape[0]}")
+        self.pending_BT = torch.cat([self.pending_BT, token_ids_BT.cpu()], dim=1)
+        while True:
+            room = self._stream.window_tokens - self.window_BT.shape[1]
+            longer_BT = torch.cat([self.window_BT, self.pending_BT[:, :room]], dim=1)
+            self.window_BT, self.pending_BT = longer_BT, self.pending_BT[:, room:]
+            if self.window_BT.shape[1] < self._stream.window_tokens:
+                return
+            self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    def flush(self, *, eos_ids: AbstractSet[int], generator: torch.Generator) -> None:
+        """Absorb what is left in the window; the teacher writes the subsequent text that it lacks.
+
+        Args:
+            eos_ids: Tokens that end a generated text.
+            generator: Source of randomness.
+
+        Raises:
+            ContextError: If there are several streams; the texts that they generate differ in length.
+        """
+        if self.window_BT.shape[0] > 1:
+            raise ContextError(f"only a single stream can be flushed; got {self.window_BT.shape[0]}")
+        sink_id = self._sink_id if self._config.sink == "shared" else None
+        while self.window_BT.shape[1]:
+            follows = max(0, self.window_BT.shape[1] - self._stream.context_tokens)
+            pristine = self._adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()
+            with pristine:
+                written = generate_subsequent(
+                    self._backbone,
+                    self._adapter,
+                    with_sink(sink_id, self.window_BT)[0].tolist(),
+                    self._stream.sync_tokens - follows,
+                    read_tokens=self._stream.read_tokens,
+                    eos_ids=eos_ids,
+                    temperature=self._stream.flush_temperature,
+                    top_p=self._stream.top_p,
+                    generator=generator,
+                    at_least=max(0, 2 - follows),
+                )
+            self._absorb_oldest(torch.tensor([written], dtype=torch.long))
+
+    def _absorb_oldest(self, generated_BT: Tensor) -> None:
+        """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
+        size, place = self._stream.context_tokens, self._backbone.device
+        context_BN = self.window_BT[:, :size]
+        subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
+        results = absorb_context(
+            self._backbone,
+            self._adapter,
+            context_BN.to(place),
+            subsequent_BM.to(place),
+            self._config,
+            sink_id=self._sink_id,
+            num_generated=generated_BT.shape[1],
+            optimizer=self.optimizer,
+            on_step=self._on_step,
+        )
+        self.window_BT = self.window_BT[:, size:]
+        self.num_rounds += 1
+        if self._on_round is not None:
+            self._on_round(
+                [
+                    Round(
+                        number=self.num_rounds,
+                        context_tokens=context_BN.shape[1],
+                        sync_tokens=subsequent_BM.shape[1],
+                        generated_tokens=generated_BT.shape[1],
+                        num_steps=result.num_steps,
+                        loss_before=result.losses[0],
+                        loss_after=result.losses[-1],
+                        outcome=result.outcome,
+                        seconds=result.seconds,
+                    )
+                    for result in results
+                ]
+            )
