@@ -99,7 +99,7 @@ def absorb_context(
         )
     if context_BN.shape[0] != num_streams or subsequent_BM.shape[0] != num_streams:
         raise ContextError(f"the adapter has {num_streams} streams; got a batch of {context_BN.shape[0]}")
-    check_positions(backbone, context_BN.shape[1] + subsequent_BM.shape[1] + 1)
+    check_positions(backbone, context_BN.shape[1] + subsequent_BM.shape[1] + (config.sink == "shared"))
 
     started = time.perf_counter()
     sink = sink_id if config.sink == "shared" else None
@@ -211,7 +211,9 @@ def synchronization_loss(
 
 def new_optimizer(adapter: Adapter, config: AbsorbConfig) -> torch.optim.Optimizer:
     """Make the AdamW that trains the adapter; its state is elementwise, so streams do not touch each other."""
-    return torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def _learning_rate(step: int, config: AbsorbConfig) -> float:
@@ -286,6 +288,9 @@ def _roll_back(
         return
     adapter.restore([weight[undone_B] for weight in before], undone_B)
     if moments is None:
+        return
+    if undone_B.all():
+        optimizer.load_state_dict(moments)
         return
     for index, weight in enumerate(adapter.parameters()):
         for name, value in optimizer.state[weight].items():

@@ -11,11 +11,13 @@ import json
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from absorber.backbone import Backbone, base_name, num_features
 from absorber.config import AbsorbConfig
@@ -27,6 +29,28 @@ _attached: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDict
 Snapshot = list[Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What PEFT has to be told of the model that an adapter belongs to."""
+
+    blocks_name: str
+    """Dotted name of the list of blocks."""
+    num_layers: int
+    """L: how many blocks."""
+    transposed: bool
+    """Whether projections store their weights as inputs x outputs (GPT-2's Conv1D)."""
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "Layout":
+        """Look it up."""
+        transposed = any(isinstance(module, Conv1D) for module in backbone.projections.values())
+        return cls(backbone.blocks_name, len(backbone.blocks), transposed)
+
+    def layer(self, name: str) -> int:
+        """Number of the block that a projection is in."""
+        return int(name.removeprefix(self.blocks_name + ".").split(".", 1)[0])
+
+
 class Adapter:
     """The trainable weights of B streams: for each projection W a product B A, so that W x becomes W x + s B A x.
 
@@ -34,17 +58,18 @@ class Adapter:
     of a batch uses the weights of stream b.
     """
 
-    def __init__(self, down: dict[str, Tensor], up: dict[str, Tensor], *, alpha: float) -> None:
+    def __init__(self, down: dict[str, Tensor], up: dict[str, Tensor], *, alpha: float, layout: Layout) -> None:
         """Take weights as they are; `Adapter.fresh` makes new ones.
 
         Args:
             down: A by the projection's dotted name in the model, each [B, R, I].
             up: B by the same names, each [B, O, R].
             alpha: The product is scaled by alpha / R.
+            layout: Of the model that it belongs to.
         """
         self.down = {name: nn.Parameter(weight) for name, weight in down.items()}
         self.up = {name: nn.Parameter(weight) for name, weight in up.items()}
-        self.alpha = alpha
+        self.alpha, self.layout = alpha, layout
         self.enabled = True
 
     @classmethod
@@ -65,7 +90,7 @@ class Adapter:
             place = backbone.device
             down[name] = first_RI.to(place, kind).repeat(num_streams, 1, 1)
             up[name] = torch.zeros(num_streams, outputs, config.rank, device=place, dtype=kind)
-        return cls(down, up, alpha=config.rank if config.alpha is None else config.alpha)
+        return cls(down, up, alpha=config.rank if config.alpha is None else config.alpha, layout=Layout.of(backbone))
 
     @property
     def rank(self) -> int:
@@ -132,7 +157,7 @@ class Adapter:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
-            return output + self.scale * low_rank_product(args[0], down_BRI, up_BOR).view_as(output)
+            return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale)
 
         return add
 
@@ -157,6 +182,7 @@ class Adapter:
             {name: weight[index : index + 1].detach().clone() for name, weight in self.down.items()},
             {name: weight[index : index + 1].detach().clone() for name, weight in self.up.items()},
             alpha=self.alpha,
+            layout=self.layout,
         )
 
     def to(self, device: torch.device) -> "Adapter":
@@ -165,33 +191,37 @@ class Adapter:
             {name: weight.detach().to(device) for name, weight in self.down.items()},
             {name: weight.detach().to(device) for name, weight in self.up.items()},
             alpha=self.alpha,
+            layout=self.layout,
         )
 
 
-def low_rank_product(x: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
-    """Compute B A x with each row's own A and B, in the type of x.
+def add_low_rank(output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *, scale: float) -> Tensor:
+    """Compute output + s B A x with each row's own A and B, in the type of x.
 
     Args:
-        x: [B, T, I], or [B * T, I] from models that flatten the batch; with one stream any [..., I].
+        output: What the projection gave, [B, T, O].
+        x: What it was given, [B, T, I], or [B * T, I] from models that flatten the batch; with one stream any [..., I].
         down_BRI: A.
         up_BOR: B.
+        scale: s.
 
     Returns:
-        As x, with O in the place of I.
+        As `output`.
 
     Raises:
         ModelError: If the batch is not of B rows.
     """
+    if scale != 1:
+        up_BOR = up_BOR * scale  # the smaller factor
     down_BRI, up_BOR = down_BRI.to(x.dtype), up_BOR.to(x.dtype)
     num_streams = down_BRI.shape[0]
     if num_streams == 1:
-        return nn.functional.linear(nn.functional.linear(x, down_BRI[0]), up_BOR[0])
-    flat = x.dim() == 2
-    if x.shape[0] != num_streams and not (flat and x.shape[0] % num_streams == 0):
+        low_TR = x.reshape(-1, x.shape[-1]) @ down_BRI[0].T
+        return torch.addmm(output.reshape(-1, output.shape[-1]), low_TR, up_BOR[0].T).view_as(output)
+    if x.shape[0] != num_streams and not (x.dim() == 2 and x.shape[0] % num_streams == 0):
         raise ModelError(f"the adapter has {num_streams} streams, so the batch needs as many rows; got {x.shape[0]}")
-    x_BTI = x.reshape(num_streams, -1, x.shape[-1])
-    product_BTO = torch.bmm(torch.bmm(x_BTI, down_BRI.mT), up_BOR.mT)
-    return product_BTO.flatten(0, 1) if flat else product_BTO
+    low_BTR = torch.bmm(x.reshape(num_streams, -1, x.shape[-1]), down_BRI.mT)
+    return torch.baddbmm(output.reshape(num_streams, -1, output.shape[-1]), low_BTR, up_BOR.mT).view_as(output)
 
 
 def mean_update(adapter: Adapter, before: Snapshot, norm: str) -> Tensor:
@@ -205,14 +235,15 @@ def mean_update(adapter: Adapter, before: Snapshot, norm: str) -> Tensor:
     total_B = torch.zeros(adapter.num_streams, device=before[0].device)
     count = 0
     for index, name in enumerate(adapter.down):
-        old_BRI, old_BOR = before[2 * index].float(), before[2 * index + 1].float()
-        down_BRI = torch.cat([adapter.down[name].float(), old_BRI], dim=1)
-        up_BOR = torch.cat([adapter.up[name].float(), -old_BOR], dim=2) * adapter.scale
+        down_BRI, up_BOR = adapter.down[name].float(), adapter.up[name].float() * adapter.scale
+        old_BRI, old_BOR = before[2 * index].float(), before[2 * index + 1].float() * adapter.scale
         count += up_BOR.shape[1] * down_BRI.shape[2]
         if norm == "l2":
-            total_B = total_B + ((down_BRI @ down_BRI.mT) * (up_BOR.mT @ up_BOR)).sum(dim=(1, 2))
+            both_BRI, both_BOR = torch.cat([down_BRI, old_BRI], dim=1), torch.cat([up_BOR, -old_BOR], dim=2)
+            total_B = total_B + ((both_BRI @ both_BRI.mT) * (both_BOR.mT @ both_BOR)).sum(dim=(1, 2))
         else:
-            total_B = total_B + (up_BOR @ down_BRI).abs().sum(dim=(1, 2))
+            # Two products, so that no change is exactly zero: the gradient of |x| is 0 there, and +-1 beside it.
+            total_B = total_B + (up_BOR @ down_BRI - old_BOR @ old_BRI).abs().sum(dim=(1, 2))
     return total_B / count
 
 
@@ -226,12 +257,11 @@ def _choose(backbone: Backbone, config: AbsorbConfig) -> dict[str, nn.Module]:
             raise ConfigError(f"target_modules has {', '.join(strangers)}; this model has {', '.join(known)}")
         chosen = {name: module for name, module in chosen.items() if _suffix(name) in config.target_modules}
     if config.adapted_layers is not None:
+        layout = Layout.of(backbone)
         wrong = [layer for layer in config.adapted_layers if not 0 <= layer < len(backbone.blocks)]
         if wrong:
             raise ConfigError(f"adapted_layers has {wrong[0]}; this model has layers 0 to {len(backbone.blocks) - 1}")
-        chosen = {
-            name: module for name, module in chosen.items() if _layer(name, backbone) in set(config.adapted_layers)
-        }
+        chosen = {name: module for name, module in chosen.items() if layout.layer(name) in config.adapted_layers}
     return chosen
 
 
@@ -239,27 +269,24 @@ def _suffix(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _layer(name: str, backbone: Backbone) -> int:
-    return int(name.removeprefix(backbone.blocks_name + ".").split(".", 1)[0])
-
-
 # --- PEFT folders ----------------------------------------------------------------------------------------------
 
 
-def save_peft(adapter: Adapter, backbone: Backbone, folder: Path, *, dtype: torch.dtype) -> None:
+def save_peft(adapter: Adapter, folder: Path, *, base: str, dtype: torch.dtype) -> None:
     """Write one stream's weights as a PEFT LoRA folder, which PEFT, vLLM and SGLang load.
 
     Args:
         adapter: An adapter of one stream.
-        backbone: The model that it belongs to.
         folder: An existing folder.
+        base: Name of the base model.
         dtype: Type of the stored weights.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    layers = sorted({_layer(name, backbone) for name in adapter.down})
-    partial = len(layers) < len(backbone.blocks)
+    layout = adapter.layout
+    layers = sorted({layout.layer(name) for name in adapter.down})
+    partial = len(layers) < layout.num_layers
     LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -269,9 +296,9 @@ def save_peft(adapter: Adapter, backbone: Backbone, folder: Path, *, dtype: torc
         bias="none",
         target_modules=sorted({_suffix(name) for name in adapter.down}),
         layers_to_transform=layers if partial else None,
-        layers_pattern=_suffix(backbone.blocks_name) if partial else None,
-        fan_in_fan_out=_fan_in_fan_out(backbone),
-        base_model_name_or_path=base_name(backbone.model),
+        layers_pattern=_suffix(layout.blocks_name) if partial else None,
+        fan_in_fan_out=layout.transposed,
+        base_model_name_or_path=base,
         inference_mode=True,
     ).save_pretrained(folder)
     weights = {}
@@ -281,33 +308,20 @@ def save_peft(adapter: Adapter, backbone: Backbone, folder: Path, *, dtype: torc
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_peft(backbone: Backbone, folder: Path) -> Adapter:
+def load_peft(backbone: Backbone, folder: Path, *, dtype: torch.dtype = torch.float32) -> Adapter:
     """Read a PEFT LoRA folder, whether Absorber or PEFT wrote it.
+
+    Args:
+        backbone: The model that it belongs to.
+        folder: The place.
+        dtype: Type in which the weights are held.
 
     Raises:
         MemoryFileError: If files are missing or damaged, or it is more than a plain LoRA.
         MemoryMismatchError: If its weights do not fit the model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "adapter_model.safetensors")
-    except FileNotFoundError as error:
-        raise MemoryFileError(
-            f"{folder} is not a memory: {Path(str(error.filename or error)).name} is missing"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MemoryFileError(f"{folder} is damaged: {error}. Absorb the text again, or restore a copy") from error
-    extras = [
-        key
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "use_bdlora", "lora_bias")
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
-        what = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(extras) or "bias"
-        raise MemoryFileError(f"{folder} holds {what}; only plain LoRA of one rank can be read")
+    config, weights = _read_peft(folder)
+    rank, alpha = config["r"], config["lora_alpha"]
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for key, weight in weights.items():
@@ -321,21 +335,46 @@ def load_peft(backbone: Backbone, folder: Path) -> Adapter:
                 f"{config.get('base_model_name_or_path')}"
             )
         inputs, outputs = num_features(projection)
-        shape = (config["r"], inputs) if part == "A.weight" else (outputs, config["r"])
+        shape = (rank, inputs) if part == "A.weight" else (outputs, rank)
         if tuple(weight.shape) != shape:
             raise MemoryMismatchError(
                 f"{folder} has {tuple(weight.shape)} for {name}, but {base_name(backbone.model)} needs {shape}; "
                 f"load the model it was absorbed with: {config.get('base_model_name_or_path')}"
             )
-        table[name] = weight.to(backbone.device, torch.float32)[None]
+        table[name] = weight.to(backbone.device, dtype)[None]
     if not down or set(down) != set(up):
         raise MemoryFileError(f"{folder} is damaged: its A and B matrices do not pair up; absorb the text again")
-    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
-    return Adapter(down, {name: up[name] for name in down}, alpha=alpha)
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    order = [name for name in backbone.projections if name in down]  # that of a fresh adapter, as optimizers count
+    return Adapter(
+        {name: down[name] for name in order},
+        {name: up[name] for name in order},
+        alpha=alpha,
+        layout=Layout.of(backbone),
+    )
 
 
-def _fan_in_fan_out(backbone: Backbone) -> bool:
-    """Whether PEFT has to be told that weights are stored transposed (GPT-2's Conv1D)."""
-    from transformers.pytorch_utils import Conv1D
+def _read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and weights of a folder that holds one plain LoRA."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    return any(isinstance(module, Conv1D) for module in backbone.projections.values())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise MemoryFileError(
+            f"{folder} is not a memory: {Path(str(error.filename or error)).name} is missing"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MemoryFileError(f"{folder} is damaged: {error}. Absorb the text again, or restore a copy") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    unread = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "use_bdlora", "lora_bias")
+    extras = [key for key in unread if kind == "LORA" and config.get(key)]
+    if kind != "LORA" or config.get("bias", "none") != "none" or extras:
+        what = kind if kind != "LORA" else ", ".join(extras) or "bias"
+        raise MemoryFileError(f"{folder} holds {what}; only plain LoRA of one rank can be read")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise MemoryFileError(f"{folder} is damaged: adapter_config.json has no r or lora_alpha; restore a copy")
+    return config, weights

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from absorber.errors import ConfigError, ModelError
+
+# Their kernels read the weights of `out_proj` without calling it, so neither our hooks nor PEFT's LoRA reach it.
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +44,7 @@ class Backbone:
     logits_softcap: float | None
     """Logits x become cap * tanh(x / cap) (Gemma 2)."""
     logits_divisor: float
-    """Logits are divided by this (Granite); 1 for most."""
+    """Logits are divided by this (Granite, Cohere); 1 for most."""
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +95,7 @@ def inspect(model: Any) -> Backbone:
         f"{blocks_name}.{name}": module
         for name, module in blocks.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
+        and not (getattr(config, "model_type", None) in _MAMBA and name.endswith("out_proj"))
     }
     if not projections:
         raise missing("its blocks hold no linear projections (torch.nn.Linear or Conv1D)")
@@ -103,8 +108,14 @@ def inspect(model: Any) -> Backbone:
         projections=projections,
         max_positions=getattr(config, "max_position_embeddings", None),
         logits_softcap=getattr(config, "final_logit_softcapping", None),
-        logits_divisor=float(getattr(config, "logits_scaling", None) or 1.0),
+        logits_divisor=_logits_divisor(config),
     )
+
+
+def _logits_divisor(config: Any) -> float:
+    """What a model divides its logits by; some name a divisor (Granite), some a factor (Cohere, Falcon H1)."""
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return float(getattr(config, "logits_scaling", None) or 1 / factor)
 
 
 def num_features(projection: Any) -> tuple[int, int]:
@@ -215,7 +226,14 @@ def forward_states(
         layers: Hidden states to keep, in this order: -1 the embedding, 0 .. L-1 the outputs of the blocks, L the
             final norm (which `States.final_BTD` always holds).
         position_ids_BT: Position ids, if not 0, 1, 2, ...
+
+    Raises:
+        ConfigError: If position ids are given to a model that takes none.
     """
+    if position_ids_BT is not None and "position_ids" not in signature(backbone.decoder.forward).parameters:
+        raise ConfigError(
+            f"{type(backbone.model).__name__} takes no position ids, so positions cannot be 'teacher'; use 'own'"
+        )
     num_layers = len(backbone.blocks)
     kept: dict[int, Tensor] = {}
     handles = []

@@ -43,7 +43,7 @@ class _Settings:
             for key, value in dataclasses.asdict(self).items()  # type: ignore[call-overload]
         }
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """Return a copy with some fields changed.
 
         Raises:
@@ -153,6 +153,8 @@ class AbsorbConfig(_Settings):
     """Which hidden states are compared: 0 .. L-1 are the outputs of the blocks, L is the final norm. None: all."""
     include_embedding: bool = False
     """Whether the embedding, which is the same in teacher and student, counts among the hidden states (h^0, paper)."""
+    include_final_norm: bool = True
+    """Whether the final norm is compared where `hidden_layers` is left out; the paper's h^L is the last block."""
     update_penalty: Literal["none", "l1", "l2"] = "none"
     """Penalty on the round's change of the weights: the other reading of the paper's "L1 regularization"."""
     update_penalty_weight: float = 0.0
@@ -262,6 +264,7 @@ PRESETS: dict[str, Preset] = {
             next_token_weight=0.0,
             normalization="none",
             include_embedding=True,
+            include_final_norm=False,
             sink="none",
             teacher="memory",
             rollback="nonfinite",
@@ -293,6 +296,7 @@ def read_toml(path: Path, base: Preset) -> Preset:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the settings file {path}: {error}") from error
     unknown = sorted(set(tables) - {"absorb", "stream"})
+    unknown += sorted(key for key, table in tables.items() if key not in unknown and not isinstance(table, dict))
     if unknown:
         raise ConfigError(f"{path} has {', '.join(unknown)}; its tables may be [absorb] and [stream]")
     return Preset(

@@ -48,6 +48,8 @@ class Decoder:
         Raises:
             ContextError: If that is more than the model's positions.
             ModelError: If the model keeps no cache.
+
+        After any error inside the model nothing is held as read.
         """
         limit = self._backbone.max_positions
         if limit is not None and self.num_tokens + len(token_ids) > limit:
@@ -58,13 +60,17 @@ class Decoder:
         for start in range(0, len(token_ids), self._read_tokens):
             piece = list(token_ids[start : start + self._read_tokens])
             input_ids_BT = torch.tensor([piece], device=self._backbone.device)
-            output = self._backbone.decoder(input_ids=input_ids_BT, past_key_values=self._cache, use_cache=True)
-            if getattr(output, "past_key_values", None) is None:
-                raise ModelError(
-                    f"{type(self._backbone.model).__name__} keeps no key-value cache, so it cannot generate"
-                )
-            self._logits_V = self._backbone.logits(output.last_hidden_state[:, -1:])[0, 0].float()
-            self.num_tokens += len(piece)
+            try:
+                output = self._backbone.decoder(input_ids=input_ids_BT, past_key_values=self._cache, use_cache=True)
+                if getattr(output, "past_key_values", None) is None:
+                    raise ModelError(
+                        f"{type(self._backbone.model).__name__} keeps no key-value cache, so it cannot generate"
+                    )
+                self._logits_V = self._backbone.logits(output.last_hidden_state[:, -1:])[0, 0].float()
+                self.num_tokens += len(piece)
+            except BaseException:
+                self.reset()  # some layers have the piece in the cache and others do not
+                raise
 
     @property
     def logits_V(self) -> Tensor:

@@ -135,7 +135,6 @@ class Memory:
     def save(
         self,
         folder: str | os.PathLike[str],
-        model: Any,
         *,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
@@ -143,18 +142,17 @@ class Memory:
 
         Args:
             folder: The place.
-            model: The base model, for the names that PEFT needs.
             dtype: Type of the stored weights; float32 keeps them exactly.
 
         Raises:
             MemoryFileError: If something that is not a memory stands there, or it cannot be written.
         """
         with whole_folder(Path(folder), marker=PROVENANCE) as scratch:
-            self.write(scratch, model, dtype=dtype)
+            self.write(scratch, dtype=dtype)
 
-    def write(self, folder: Path, model: Any, *, dtype: str = "float32") -> None:
+    def write(self, folder: Path, *, dtype: str = "float32") -> None:
         """Write the files into an existing folder; `save` does it safely."""
-        save_peft(self.adapter, inspect(model), folder, dtype=getattr(torch, dtype))
+        save_peft(self.adapter, folder, base=self.base, dtype=getattr(torch, dtype))
         write_json(
             folder / PROVENANCE,
             {
@@ -218,4 +216,5 @@ class Memory:
                 f"the memory in {folder} was absorbed with {content['base']}, and {base_name(model)} is another model "
                 "(its weights' fingerprint differs); load the model it was absorbed with"
             )
-        return cls(adapter=load_peft(inspect(model), Path(folder)), **fields)
+        kind = getattr(torch, fields["config"].adapter_dtype)
+        return cls(adapter=load_peft(inspect(model), Path(folder), dtype=kind), **fields)

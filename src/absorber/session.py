@@ -5,7 +5,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,9 @@ from absorber.text import cut
 FORMAT = 1
 STATE = "session.json"
 _OPTIMIZER = "optimizer.safetensors"
+
+# What the weights of a memory have been made with.
+_FIXED = ("rank", "alpha", "target_modules", "adapted_layers", "adapter_dtype", "sink")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +92,13 @@ class Session:
             memory = Memory.fresh(model, sink_id=sink_id, config=config, stream=stream)
         else:
             memory.check(model)
-            if (config.rank, config.sink) != (memory.config.rank, memory.config.sink):
-                raise ConfigError(
-                    f"the memory has rank {memory.config.rank} and sink {memory.config.sink!r}; got {config.rank} and "
-                    f"{config.sink!r}. These cannot change once it is begun; leave them out or begin a new memory"
-                )
+            for name in _FIXED:
+                begun, got = getattr(memory.config, name), getattr(config, name)
+                if begun != got:
+                    raise ConfigError(
+                        f"the memory has {name} {begun!r}; got {got!r}. This cannot change once it is begun; leave it "
+                        "out or begin a new memory"
+                    )
             memory.config, memory.stream = config, stream
         self.memory = memory
         self._progress = progress
@@ -156,12 +161,19 @@ class Session:
             AbsorptionError: If a round cannot be carried out. Nothing is lost: the text stays in the window or
                 pending, and the next call goes on.
         """
-        count = 0
-        for piece in cut([text]):
-            token_ids = self._tokenize(piece)
-            count += len(token_ids)
-            self._append_ids(token_ids)
-        return count
+        # All of it before the first round: what an interruption leaves must be pending, not lost.
+        token_ids = [token for piece in cut([text]) for token in self._tokenize(piece)]
+        self.append_ids(token_ids)
+        return len(token_ids)
+
+    def append_ids(self, token_ids: Sequence[int]) -> None:
+        """Read token ids at the end of the stream; see `append`."""
+        self._stream.append(torch.tensor([list(token_ids)], dtype=torch.long))
+
+    def read_window(self) -> None:
+        """Fill the cache with the window now, so that the next answer begins at once."""
+        with self._speaking():
+            self._at_window()
 
     def read(self, name: str, parts: Iterable[str]) -> int:
         """Read a source from where this session stopped in it; a source read to its end adds nothing.
@@ -176,7 +188,7 @@ class Session:
         Raises:
             AbsorptionError: As `append`.
         """
-        self._append_ids([])  # what an interruption left pending
+        self.append_ids([])  # what an interruption left pending
         seen = read = 0
         for piece in cut(parts):
             token_ids = self._tokenize(piece)
@@ -187,7 +199,7 @@ class Session:
                 # Counted first: from here on the tokens are the stream's, pending at worst.
                 self._sources[name] = seen
                 read += len(fresh)
-                self._append_ids(fresh)
+                self.append_ids(fresh)
         return read
 
     def flush(self) -> None:
@@ -201,9 +213,6 @@ class Session:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _append_ids(self, token_ids: list[int]) -> None:
-        self._stream.append(torch.tensor([token_ids], dtype=torch.long))
-
     # --- Answering
 
     def ask(
@@ -213,6 +222,7 @@ class Session:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
+        seed: int | None = None,
     ) -> str:
         """Answer from memory and window; the session stays as it is, question and answer forgotten.
 
@@ -221,6 +231,7 @@ class Session:
             max_new_tokens: These three are as in `StreamConfig`, which has their defaults.
             temperature: Same.
             top_p: Same.
+            seed: Of the sampling; that of the session, as far as it has come, if left out.
 
         Raises:
             ContextError: If the question is empty, or too long for the model with the window.
@@ -229,7 +240,10 @@ class Session:
             raise ContextError("the question is empty; give one")
         settings = self._sampling(max_new_tokens, temperature, top_p)
         generator = torch.Generator()
-        generator.set_state(self._generator.get_state())
+        if seed is None:
+            generator.set_state(self._generator.get_state())
+        else:
+            generator.manual_seed(seed)
         with self._speaking():
             decoder = self._at_window().fork()
             decoder.read(self._tokenize(self._turn(question)))
@@ -271,8 +285,8 @@ class Session:
             AbsorptionError: If a round cannot be carried out.
         """
         settings = self._sampling(max_new_tokens, temperature, top_p)
-        if prompt is not None:
-            self._append_ids(self._tokenize(prompt if raw else self._turn(prompt)))
+        turn = "" if prompt is None else prompt if raw else self._turn(prompt)
+        self.append_ids(self._tokenize(turn))  # after what an interruption left pending
         written: list[int] = []
         shown = ""
         while len(written) < settings.max_new_tokens:
@@ -281,7 +295,7 @@ class Session:
             token = choose_token(
                 logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=self._generator
             )
-            self._append_ids([token])
+            self.append_ids([token])
             if token in self._eos_ids:
                 break
             written.append(token)
@@ -361,7 +375,7 @@ class Session:
 
         with whole_folder(Path(folder), marker=STATE) as scratch:
             (scratch / "memory").mkdir()
-            self.memory.write(scratch / "memory", self.model)
+            self.memory.write(scratch / "memory")
             write_json(
                 scratch / STATE,
                 {

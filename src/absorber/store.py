@@ -47,10 +47,10 @@ def whole_folder(folder: Path, *, marker: str) -> Iterator[Path]:
         if folder.is_dir():
             os.replace(folder, _backup(folder))
         os.replace(scratch, folder)
-        shutil.rmtree(_backup(folder), ignore_errors=True)
     except OSError as error:
         raise MemoryFileError(f"cannot write to {folder}: {error.strerror}; nothing there was changed") from error
     finally:
+        recover(folder)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -103,9 +103,15 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         SessionBusyError: If another process holds it.
+        MemoryFileError: If there is no writing beside the folder.
     """
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Made here, so that an OSError of the block inside is not taken for one of the lock.
+        folder.with_name(f".{folder.name}.lock").touch()
+    except OSError as error:
+        raise MemoryFileError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield

@@ -54,7 +54,7 @@ class Stream:
         Raises:
             ConfigError: If the window is larger than the model's positions.
         """
-        check_positions(backbone, stream.window_tokens + 1)
+        check_positions(backbone, stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
         self._sink_id = sink_id
         self._on_step, self._on_round = on_step, on_round
@@ -100,6 +100,7 @@ class Stream:
         if self.window_BT.shape[0] > 1:
             raise ContextError(f"only a single stream can be flushed; got {self.window_BT.shape[0]}")
         sink_id = self._sink_id if self._config.sink == "shared" else None
+        self.append(self.window_BT[:, :0])  # what an interruption left pending
         while self.window_BT.shape[1]:
             follows = max(0, self.window_BT.shape[1] - self._stream.context_tokens)
             pristine = self._adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()

@@ -5,18 +5,18 @@ Every function returns one number per stream, so that each stream of a batch lea
 Shapes: B streams, T scored tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from absorber.errors import ContextError
 
 Logits = Callable[[Tensor], Tensor]
 
-# Largest number of logits built at once; more are cut into pieces of the text and recomputed for the gradient.
+# Largest number of logits built at once; a longer text is cut into pieces.
 _LOGITS_AT_ONCE = 2**25
 
 
@@ -97,46 +97,92 @@ def distribution_losses(
     Returns:
         Two tensors [B], float32, in nats.
 
-    Cost: logits are built for a piece of the text at a time, and again for the gradient if there are several.
+    Cost: logits are built once, for a piece of the text at a time.
     """
     num_streams, num_tokens, _ = student_BTD.shape
-    kl_B = torch.zeros(num_streams, device=student_BTD.device)
-    nll_B = torch.zeros(num_streams, device=student_BTD.device)
     if not with_kl and not with_next_token:
-        return kl_B, nll_B
+        return student_BTD.new_zeros(num_streams, dtype=torch.float32), student_BTD.new_zeros(
+            num_streams, dtype=torch.float32
+        )
     next_ids_BT = torch.roll(token_ids_BT, -1, dims=1)  # the last position predicts nothing and is masked below
     num_scored = max(0, num_tokens - 1 - num_generated)
     scored_T = torch.arange(num_tokens, device=student_BTD.device) < num_scored
-
-    def piece_losses(student: Tensor, next_ids: Tensor, scored: Tensor, *finals: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = logits(student).float().log_softmax(dim=-1)
-        kl = nll = torch.zeros(num_streams, device=student.device)
-        if with_kl:
-            with torch.no_grad():
-                mixed = sum(
-                    weight * logits(final).float().log_softmax(dim=-1)
-                    for (weight, _), final in zip(target.finals, finals, strict=True)
-                )
-                log_p = torch.as_tensor(mixed).log_softmax(dim=-1)
-            kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=(1, 2))
-        if with_next_token:
-            nll = -(log_q.gather(-1, next_ids[..., None])[..., 0] * scored).sum(dim=1)
-        return kl, nll
-
-    with torch.no_grad():
-        vocabulary = logits(student_BTD[:1, :1]).shape[-1]
-    piece_tokens = max(1, _LOGITS_AT_ONCE // (vocabulary * num_streams))
-    for start in range(0, num_tokens, piece_tokens):
-        piece = slice(start, start + piece_tokens)
-        arguments = (
-            student_BTD[:, piece],
-            next_ids_BT[:, piece],
-            scored_T[piece],
-            *(final[:, piece] for _, final in target.finals),
-        )
-        if piece_tokens < num_tokens and torch.is_grad_enabled():
-            kl, nll = checkpoint(piece_losses, *arguments, use_reentrant=False)
-        else:
-            kl, nll = piece_losses(*arguments)
-        kl_B, nll_B = kl_B + kl, nll_B + nll
+    work = _Work(logits, target, next_ids_BT, scored_T, with_kl, with_next_token)
+    kl_B, nll_B = _DistributionLosses.apply(student_BTD, work)  # type: ignore[no-untyped-call]
     return kl_B / num_tokens, nll_B / max(1, num_scored)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What `distribution_losses` needs beside the student."""
+
+    logits: Logits
+    target: Target
+    next_ids_BT: Tensor
+    scored_T: Tensor
+    with_kl: bool
+    with_next_token: bool
+
+
+class _DistributionLosses(torch.autograd.Function):
+    """Sums over positions of both losses, a piece of the text at a time.
+
+    The gradients with respect to the hidden states are taken along with the values, while a piece's logits exist:
+    they are [B, T, D], small beside the [B, T, V] that would have to be kept or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_BTD: Tensor, work: _Work) -> tuple[Tensor, Tensor]:
+        num_streams, num_tokens, _ = student_BTD.shape
+        totals = [torch.zeros(num_streams, device=student_BTD.device) for _ in range(2)]
+        gradients: list[list[Tensor]] = [[], []]
+        vocabulary = work.logits(student_BTD[:1, :1]).shape[-1]
+        piece_tokens = max(1, _LOGITS_AT_ONCE // (vocabulary * num_streams))
+        for start in range(0, num_tokens, piece_tokens):
+            piece = slice(start, start + piece_tokens)
+            hidden = student_BTD[:, piece].detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                student_logits = work.logits(hidden)
+            for which, (value, slope) in enumerate(_losses_and_slopes(student_logits.detach(), piece, work)):
+                totals[which] += value
+                if slope is not None and ctx.needs_input_grad[0]:
+                    slope = slope.to(student_logits.dtype)
+                    gradients[which] += torch.autograd.grad(student_logits, hidden, slope, retain_graph=which == 0)
+        ctx.save_for_backward(*(torch.cat(parts, dim=1) if parts else None for parts in gradients))
+        return totals[0], totals[1]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
+        total = None
+        for factor_B, gradient_BTD in zip(upstream, ctx.saved_tensors, strict=True):
+            if gradient_BTD is not None:
+                part = factor_B.to(gradient_BTD.dtype)[:, None, None] * gradient_BTD
+                total = part if total is None else total + part
+        return total, None
+
+
+def _losses_and_slopes(student_logits: Tensor, piece: slice, work: _Work) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """KL, then next-token loss, of a piece: the sums [B] and their derivatives by the student's logits."""
+    log_q = student_logits.float().log_softmax(dim=-1)
+    q = log_q.exp()
+    nothing = log_q.new_zeros(log_q.shape[0])
+    if work.with_kl:
+        log_p = _teacher_log_probabilities(piece, work)
+        p = log_p.exp()
+        yield log_p.sub_(log_q).mul_(p).sum(dim=(1, 2)), q - p
+    else:
+        yield nothing, None
+    if work.with_next_token:
+        ids, scored = work.next_ids_BT[:, piece, None], work.scored_T[piece]
+        picked = log_q.gather(-1, ids)[..., 0]
+        q.scatter_add_(-1, ids, torch.full_like(picked, -1.0)[..., None])
+        yield -(picked * scored).sum(dim=1), q.mul_(scored[:, None])
+    else:
+        yield nothing, None
+
+
+def _teacher_log_probabilities(piece: slice, work: _Work) -> Tensor:
+    parts = [weight * work.logits(final[:, piece]).float().log_softmax(dim=-1) for weight, final in work.target.finals]
+    if len(parts) == 1 and work.target.finals[0][0] == 1.0:
+        return parts[0]
+    return torch.stack(parts).sum(dim=0).log_softmax(dim=-1)

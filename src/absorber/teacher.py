@@ -24,7 +24,7 @@ def hidden_layers(backbone: Backbone, config: AbsorbConfig) -> tuple[int, ...]:
     num_layers = len(backbone.blocks)
     if config.hidden_weight == 0:
         return ()
-    layers = config.hidden_layers or tuple(range(num_layers + 1))
+    layers = config.hidden_layers or tuple(range(num_layers + config.include_final_norm))
     config.check("hidden_layers", all(0 <= layer <= num_layers for layer in layers), f"between 0 and {num_layers}")
     return ((-1,) if config.include_embedding else ()) + layers
 

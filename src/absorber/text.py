@@ -1,8 +1,40 @@
-"""Text before it is tokens: cut into pieces, so that a book is never tokenized, or held, at once."""
+"""Text before it is tokens: read and cut into pieces, so that a book is never tokenized, or held, at once."""
 
+import codecs
+import io
 from collections.abc import Iterable, Iterator
 
+from absorber.errors import ContextError
+
 _PIECE_CHARACTERS = 8192
+
+
+def decode(parts: Iterable[bytes], name: str) -> Iterator[str]:
+    """Decode the parts of a UTF-8 text strictly; a byte order mark is left out, and every end of line becomes \\n.
+
+    Args:
+        parts: The bytes, cut anywhere.
+        name: What an error calls the text.
+
+    Raises:
+        ContextError: If a byte is not UTF-8.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(utf8, translate=True)
+    num_bytes = 0
+    try:
+        for part in parts:
+            num_bytes += len(part)
+            if text := lines.decode(part):
+                yield text
+        if text := lines.decode(b"", final=True):
+            yield text
+    except UnicodeDecodeError as error:
+        place = num_bytes - len(error.object) + error.start
+        raise ContextError(
+            f"{name} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at byte {place}. Give plain text in "
+            "UTF-8, for instance by: iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 def cut(parts: Iterable[str]) -> Iterator[str]:

@@ -1,0 +1,169 @@
+"""Texts to measure on, as streams of tokens: books, dialogues, encyclopedia text and program code.
+
+Options are chosen on one half of the documents and reported on the other; which half a document belongs to is decided
+here, by its place in the sorted list, and by nothing else.
+"""
+
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from absorber.errors import BenchmarkError
+from absorber.text import cut
+
+Kind = Literal["books", "dialogues", "encyclopedia", "code"]
+Split = Literal["choose", "report"]
+
+# Front matter says little of a book.
+_SKIPPED_SHARE = 0.05
+
+
+def documents(kind: Kind, data_dir: Path, split: Split) -> list[tuple[str, str]]:
+    """Read the (name, text) pairs of one half.
+
+    Args:
+        kind: Books are `novels/*.txt`, or the `*.txt` of the folder itself; dialogues `samsum/*.json`; encyclopedia
+            text `wikitext2/*.txt`; code the standard library of the running Python, which needs no folder.
+        data_dir: Folder with the data.
+        split: "choose" for searching options, "report" for the numbers.
+
+    Raises:
+        BenchmarkError: If there are none.
+    """
+    found = _READERS[kind](data_dir)
+    half = [pair for index, pair in enumerate(sorted(found)) if index % 2 == (split == "report")]
+    if not half:
+        raise BenchmarkError(f"{data_dir} has no {kind}; give the folder that holds them with --data-dir")
+    return half
+
+
+def _books(data_dir: Path) -> list[tuple[str, str]]:
+    folder = data_dir / "novels" if (data_dir / "novels").is_dir() else data_dir
+    return [(path.stem, _read(path)) for path in folder.glob("*.txt") if path.stem != "SOURCE"]
+
+
+def _dialogues(data_dir: Path) -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((data_dir / "samsum").glob("*.json")):
+        found += [(str(entry["id"]), entry["dialogue"].replace("\r", "")) for entry in json.loads(_read(path))]
+    return found
+
+
+def _encyclopedia(data_dir: Path) -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((data_dir / "wikitext2").glob("*.txt")):
+        if path.stem == "SOURCE":
+            continue
+        articles: list[list[str]] = []
+        for line in _read(path).splitlines():
+            if line.startswith(" = ") and not line.startswith(" = = "):
+                articles.append([])
+            if articles:
+                articles[-1].append(line.strip())
+        found += [(lines[0].strip("= "), "\n".join(lines)) for lines in articles]
+    return found
+
+
+def _code(data_dir: Path) -> list[tuple[str, str]]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [(path.stem, _read(path)) for path in folder.glob("*.py") if path.stat().st_size > 4096]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="replace")
+
+
+_READERS: dict[str, Callable[[Path], list[tuple[str, str]]]] = {
+    "books": _books,
+    "dialogues": _dialogues,
+    "encyclopedia": _encyclopedia,
+    "code": _code,
+}
+
+
+def streams(
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    kind: Kind,
+    num_streams: int,
+    num_tokens: int,
+    seed: int,
+) -> Tensor:
+    """Cut documents into streams of equal length.
+
+    A book is long: streams begin at places spread over it. The other kinds are short: a stream is a sequence of
+    whole documents in an order of its own, so that no text comes twice in one stream.
+
+    Args:
+        tokenizer: Of the model.
+        pairs: From `documents`.
+        kind: Their kind.
+        num_streams: B.
+        num_tokens: T.
+        seed: Of the order of documents, and of the places.
+
+    Returns:
+        Token ids [B, T].
+
+    Raises:
+        BenchmarkError: If there is too little text.
+    """
+    dice = random.Random(seed)
+    if kind == "books":
+        rows = _from_books(tokenizer, pairs, num_streams, num_tokens, dice)
+    else:
+        rows = [_joined(tokenizer, pairs, num_tokens, dice) for _ in range(num_streams)]
+    return torch.tensor(rows)
+
+
+def _from_books(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], num_streams: int, num_tokens: int, dice: random.Random
+) -> list[list[int]]:
+    order = list(pairs)
+    dice.shuffle(order)
+    # About six characters a token at most; a book too short for its streams is left out.
+    rows: list[list[int]] = []
+    per_book = -(-num_streams // len(order))
+    for name, text in order:
+        for part in range(per_book):
+            begin = int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * part / per_book))
+            begin = text.find("\n", begin) + 1
+            end = int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * (part + 1) / per_book))
+            token_ids = _tokens(tokenizer, text[begin:end], num_tokens)
+            if len(token_ids) == num_tokens and len(rows) < num_streams:
+                rows.append(token_ids)
+    if len(rows) < num_streams:
+        raise BenchmarkError(
+            f"{len(order)} books hold only {len(rows)} streams of {num_tokens} tokens; {num_streams} are wanted. Give "
+            "more books, fewer streams or fewer rounds"
+        )
+    return rows
+
+
+def _joined(tokenizer: Any, pairs: Sequence[tuple[str, str]], num_tokens: int, dice: random.Random) -> list[int]:
+    order = list(pairs)
+    dice.shuffle(order)
+    row: list[int] = []
+    for _, text in order:
+        row += _tokens(tokenizer, text + "\n\n", num_tokens - len(row))
+        if len(row) == num_tokens:
+            return row
+    raise BenchmarkError(
+        f"{len(order)} documents hold only {len(row)} tokens; a stream needs {num_tokens}. Use fewer rounds"
+    )
+
+
+def _tokens(tokenizer: Any, text: str, at_most: int) -> list[int]:
+    row: list[int] = []
+    for piece in cut([text]):
+        row += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(row) >= at_most:
+            break
+    return row[:at_most]

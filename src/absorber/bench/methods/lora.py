@@ -1,0 +1,73 @@
+"""Methods that train an adapter as the stream goes by; they differ in their settings alone.
+
+absorber        our default
+absorber-paper  Algorithms 1 and 2 as written (arXiv 2604.20915), without the threshold, which ends every round at once
+temp-lora       next-token loss on the text itself (arXiv 2401.11504): rank 64, 5e-5, two steps a round
+dcd             Deep Context Distillation (arXiv 2503.08727): normalised hidden L1 and KL, rank 16, 1e-3
+"""
+
+import contextlib
+from typing import Any
+
+from torch import Tensor
+
+from absorber.adapter import Adapter
+from absorber.bench.methods.reader import Method, Reader, Setting
+from absorber.config import PRESETS, AbsorbConfig
+from absorber.memory import Round
+from absorber.stream import Stream
+
+
+class LoRA(Method):
+    """An adapter trained round by round as an `AbsorbConfig` says."""
+
+    def __init__(self, config: AbsorbConfig) -> None:
+        """Take the settings of a round."""
+        self.absorb_config = config
+
+    def begin(self, setting: Setting) -> "LoRAReader":
+        """Make a reader for B fresh streams."""
+        return LoRAReader(setting, self.absorb_config.replace(seed=setting.seed))
+
+    def config(self) -> dict[str, Any]:
+        """All fields of the settings."""
+        return self.absorb_config.replace(seed=0).to_dict()
+
+
+class LoRAReader(Reader):
+    """B streams with an adapter each."""
+
+    def __init__(self, setting: Setting, config: AbsorbConfig) -> None:
+        """Begin with fresh adapters."""
+        super().__init__(setting)
+        self.adapter = Adapter.fresh(setting.backbone, config, num_streams=setting.num_streams)
+        self.rounds: list[list[Round]] = []
+        """The ledger: per round one line per stream."""
+        self._stream = Stream(
+            setting.backbone, self.adapter, config, setting.stream, sink_id=setting.sink_id, on_round=self.rounds.append
+        )
+
+    def read(self, token_ids_BT: Tensor) -> None:
+        """Absorb what leaves the window."""
+        super().read(token_ids_BT)
+        self._stream.append(token_ids_BT)
+
+    def speaking(self) -> contextlib.AbstractContextManager[None]:
+        """Attach the adapters."""
+        return self.adapter.attached(self.setting.backbone)
+
+
+def lora_methods() -> dict[str, Method]:
+    """The table of them."""
+    paper, default = PRESETS["paper"].absorb, PRESETS["default"].absorb
+    next_token_alone = default.replace(kl_weight=0.0, next_token_weight=1.0)
+    return {
+        "temp-lora": LoRA(next_token_alone.replace(max_steps=2, learning_rate=5e-5)),
+        "dcd": LoRA(
+            default.replace(
+                hidden_weight=1.0, kl_weight=1.0, next_token_weight=0.0, rank=16, max_steps=8, learning_rate=1e-3
+            )
+        ),
+        "absorber-paper": LoRA(paper.replace(threshold=None)),
+        "absorber": LoRA(default),
+    }

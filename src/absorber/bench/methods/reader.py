@@ -1,0 +1,74 @@
+"""What a method has to offer to be measured.
+
+Shapes: B streams, T tokens.
+"""
+
+import abc
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from absorber.backbone import Backbone
+from absorber.config import StreamConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all methods of one run share."""
+
+    backbone: Backbone
+    """The model."""
+    stream: StreamConfig
+    """n and m."""
+    sink_id: int
+    """First token of every input."""
+    num_streams: int
+    """B."""
+    seed: int
+    """Of the method's randomness."""
+
+
+class Reader(abc.ABC):
+    """B streams being read by one method."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Begin with nothing read."""
+        self.setting = setting
+        self.recent_BT = torch.zeros(setting.num_streams, 0, dtype=torch.long)
+        """The last tokens, as many as the method keeps."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """How many of the last tokens stay verbatim: m, unless the method says otherwise."""
+        return self.setting.stream.sync_tokens
+
+    def read(self, token_ids_BT: Tensor) -> None:
+        """Read what comes next: the first m tokens at first, then n a round."""
+        self.recent_BT = torch.cat([self.recent_BT, token_ids_BT], dim=1)[:, -self.kept_tokens :]
+
+    def windowed(self) -> Tensor:
+        """What stands before a passage that follows the stream [B, T]."""
+        return self.recent_BT
+
+    def contextless(self) -> Tensor:
+        """What stands before a passage when the window is taken away [B, T]."""
+        return self.recent_BT[:, :0]
+
+    def speaking(self) -> contextlib.AbstractContextManager[None]:
+        """The model as it is after this reading, memory attached."""
+        return contextlib.nullcontext()
+
+
+class Method(abc.ABC):
+    """A way to read streams."""
+
+    @abc.abstractmethod
+    def begin(self, setting: Setting) -> Reader:
+        """Make a reader for B fresh streams."""
+
+    def config(self) -> dict[str, Any]:
+        """What a record says of the method's settings."""
+        return {}

