@@ -19,7 +19,9 @@ from absorber import (
     SessionNotFoundError,
     StreamConfig,
 )
-from absorber.session import is_session, open_memory, saved_base
+from absorber.saved_session import is_session, saved_base
+from absorber.session import open_memory
+from absorber.text import as_turn
 from architectures import build
 
 
@@ -158,14 +160,14 @@ def test_an_answer_is_what_the_model_says_after_memory_and_window(begin, model, 
     assert session.ask("who?") == tokenizer.decode(written).strip()
 
 
-def test_a_chat_template_is_used_inside_the_conversation(begin, tokenizer, monkeypatch):
+def test_a_chat_template_is_used_inside_the_conversation(tokenizer, monkeypatch):
     template = (
         "{% if messages[0]['role'] != 'system' %}<sys>{% endif %}"
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    assert begin()._turn("hi") == "[user]hi;[assistant]"
+    assert as_turn(tokenizer, "hi") == "[user]hi;[assistant]"
 
 
 def test_generating_after_an_interruption_comes_after_what_was_pending(begin, text):

@@ -5,6 +5,7 @@ On disk it is a PEFT LoRA folder with one file more, `absorber.json`, so that PE
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -166,7 +167,7 @@ class Memory:
                 "num_rounds": self.num_rounds,
                 "num_rolled_back": self.num_rolled_back,
                 "num_tokens": self.num_tokens,
-                "ledger": [dataclasses.asdict(line) for line in self.ledger],
+                "ledger": [_plain(line) for line in self.ledger],
             },
         )
 
@@ -208,7 +209,7 @@ class Memory:
             fields |= {key: content[key] for key in ("num_rounds", "num_rolled_back", "num_tokens")}
             fields["config"] = AbsorbConfig.from_dict(content["config"])
             fields["stream"] = StreamConfig.from_dict(content["stream"])
-            fields["ledger"] = [Round(**line) for line in content["ledger"]]
+            fields["ledger"] = [_round(line) for line in content["ledger"]]
         except (KeyError, TypeError, AttributeError, AbsorberError) as error:
             raise MemoryFileError(f"{Path(folder) / PROVENANCE} is damaged: {error}") from error
         if content["fingerprint"] != fingerprint(model):
@@ -218,3 +219,14 @@ class Memory:
             )
         kind = getattr(torch, fields["config"].adapter_dtype)
         return cls(adapter=load_peft(inspect(model), Path(folder), dtype=kind), **fields)
+
+
+def _plain(line: Round) -> dict[str, Any]:
+    """A line of the ledger for JSON, which has no word for what is not finite."""
+    values = dataclasses.asdict(line)
+    return {key: None if value != value or value in (math.inf, -math.inf) else value for key, value in values.items()}
+
+
+def _round(values: dict[str, Any]) -> Round:
+    filled: dict[str, Any] = {key: math.nan if value is None else value for key, value in values.items()}
+    return Round(**filled)

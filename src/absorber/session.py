@@ -7,24 +7,20 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from absorber import saved_session
 from absorber.backbone import eos_tokens, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
-from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError, SessionNotFoundError
+from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
 from absorber.generation import Decoder, choose_token
 from absorber.memory import Memory, Round
-from absorber.store import read_json, recover, whole_folder, write_json
+from absorber.saved_session import Moments, SavedSession, is_session
 from absorber.stream import Stream
-from absorber.text import cut
-
-FORMAT = 1
-STATE = "session.json"
-_OPTIMIZER = "optimizer.safetensors"
+from absorber.text import as_turn, cut
 
 # What the weights of a memory have been made with.
 _FIXED = ("rank", "alpha", "target_modules", "adapted_layers", "adapter_dtype", "sink")
@@ -246,7 +242,7 @@ class Session:
             generator.manual_seed(seed)
         with self._speaking():
             decoder = self._at_window().fork()
-            decoder.read(self._tokenize(self._turn(question)))
+            decoder.read(self._tokenize(as_turn(self.tokenizer, question)))
         written: list[int] = []
         while len(written) < settings.max_new_tokens:
             token = choose_token(
@@ -285,7 +281,7 @@ class Session:
             AbsorptionError: If a round cannot be carried out.
         """
         settings = self._sampling(max_new_tokens, temperature, top_p)
-        turn = "" if prompt is None else prompt if raw else self._turn(prompt)
+        turn = "" if prompt is None else prompt if raw else as_turn(self.tokenizer, prompt)
         self.append_ids(self._tokenize(turn))  # after what an interruption left pending
         written: list[int] = []
         shown = ""
@@ -324,20 +320,6 @@ class Session:
         self._decoder.read(token_ids[self._decoder.num_tokens :])
         return self._decoder
 
-    def _turn(self, message: str) -> str:
-        """A user's message as the model's chat template has it; without a template, a question and its answer."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            return f"\n\nQuestion: {message}\nAnswer:"
-        user = {"role": "user", "content": message}
-        earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
-
-        def render(turns: list[dict[str, str]], *, reply: bool) -> str:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply))
-
-        # A turn inside a conversation, so that a system prompt is not repeated with every turn.
-        whole, before = render([*earlier, user], reply=True), render(earlier, reply=False)
-        return whole.removeprefix(before) if whole.startswith(before) else render([user], reply=True)
-
     # --- Progress
 
     def _on_step(self, step: int, loss_B: torch.Tensor) -> None:
@@ -371,27 +353,18 @@ class Session:
         Raises:
             MemoryFileError: If something that is not a session stands there, or it cannot be written.
         """
-        from safetensors.torch import save_file
-
-        with whole_folder(Path(folder), marker=STATE) as scratch:
-            (scratch / "memory").mkdir()
-            self.memory.write(scratch / "memory")
-            write_json(
-                scratch / STATE,
-                {
-                    "format": FORMAT,
-                    "window": self.window_ids,
-                    "pending": self._stream.pending_BT[0].tolist(),
-                    "sources": self._sources,
-                    "random_state": self._generator.get_state().numpy().tobytes().hex(),
-                },
-            )
-            if self._stream.optimizer is not None:
-                state = self._stream.optimizer.state_dict()["state"]
-                save_file(
-                    {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()},
-                    scratch / _OPTIMIZER,
-                )
+        optimizer = self._stream.optimizer
+        saved_session.write(
+            folder,
+            SavedSession(
+                memory=self.memory,
+                window_ids=self.window_ids,
+                pending_ids=self._stream.pending_BT[0].tolist(),
+                sources=self._sources,
+                random_state=self._generator.get_state(),
+                moments={} if optimizer is None else optimizer.state_dict()["state"],
+            ),
+        )
 
     @classmethod
     def resume(
@@ -409,40 +382,30 @@ class Session:
             MemoryFileError: If it is damaged.
             MemoryMismatchError: If it is of another model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        place = Path(folder)
-        if not is_session(place):
-            raise SessionNotFoundError(f"there is no session in {place}; give a folder that a session was saved to")
-        content = read_json(place / STATE)
-        session = cls(model, tokenizer, memory=Memory.load(place / "memory", model), progress=progress)
+        saved = saved_session.read(folder, model)
+        session = cls(model, tokenizer, memory=saved.memory, progress=progress)
+        stream = session._stream
         try:
-            if content["format"] > FORMAT:
-                raise MemoryFileError(
-                    f"{place} has format {content['format']}; this version reads up to {FORMAT}. "
-                    "Install a newer absorber"
-                )
-            session._stream.window_BT = torch.tensor([content["window"]], dtype=torch.long)
-            session._stream.pending_BT = torch.tensor([content["pending"]], dtype=torch.long)
-            session._sources = {str(name): int(count) for name, count in content["sources"].items()}
-            state = bytearray.fromhex(content["random_state"])
-            session._generator.set_state(torch.frombuffer(state, dtype=torch.uint8).clone())
-            if session._stream.optimizer is not None and (place / _OPTIMIZER).is_file():
-                saved = session._stream.optimizer.state_dict()
-                for key, value in load_file(place / _OPTIMIZER).items():
-                    index, name = key.split(".")
-                    saved["state"].setdefault(int(index), {})[name] = value
-                session._stream.optimizer.load_state_dict(saved)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise MemoryFileError(f"{place} is damaged: {error}. Restore a copy, or start anew") from error
+            if len(saved.window_ids) > saved.memory.stream.window_tokens:
+                raise ValueError(f"its window has {len(saved.window_ids)} tokens")
+            stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
+            stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
+            session._sources = saved.sources
+            session._generator.set_state(saved.random_state)
+            if stream.optimizer is not None and saved.moments:
+                state = {**stream.optimizer.state_dict(), "state": saved.moments}
+                _check_moments(saved.moments, saved.memory.adapter.parameters())
+                stream.optimizer.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise MemoryFileError(f"{folder} is damaged: {error}. Restore a copy, or start anew") from error
         return session
 
 
-def is_session(folder: str | os.PathLike[str]) -> bool:
-    """Whether a session was saved to this folder."""
-    recover(Path(folder))
-    return (Path(folder) / STATE).is_file()
+def _check_moments(moments: Moments, weights: Sequence[torch.Tensor]) -> None:
+    for index, entry in moments.items():
+        for name, value in entry.items():
+            if value.dim() and value.shape != weights[index].shape:
+                raise ValueError(f"the optimizer's {name} of weight {index} has shape {tuple(value.shape)}")
 
 
 def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> Session:
@@ -455,16 +418,6 @@ def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> S
     if is_session(folder):
         return Session.resume(folder, model, tokenizer)
     return Session(model, tokenizer, memory=Memory.load(folder, model))
-
-
-def saved_base(folder: str | os.PathLike[str]) -> str:
-    """Name of the base model that a saved session or memory needs, read without a model.
-
-    Raises:
-        MemoryFileError: If the folder is neither.
-    """
-    place = Path(folder)
-    return str(Memory.provenance(place / "memory" if is_session(place) else place)["base"])
 
 
 def absorb(

@@ -3,6 +3,7 @@
 import codecs
 import io
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from absorber.errors import ContextError
 
@@ -69,3 +70,20 @@ def _first_piece(text: str) -> str:
         if text[index].isspace() and not text[index - 1].isspace():
             return text[:index]
     return text[:_PIECE_CHARACTERS]
+
+
+def as_turn(tokenizer: Any, message: str) -> str:
+    """Write a user's message as the model's chat template has it; without a template, as a question to answer.
+
+    It is a turn inside a conversation, so that a system prompt is not repeated with every turn.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return f"\n\nQuestion: {message}\nAnswer:"
+    user = {"role": "user", "content": message}
+    earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+
+    def render(turns: list[dict[str, str]], *, reply: bool) -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply))
+
+    whole, before = render([*earlier, user], reply=True), render(earlier, reply=False)
+    return whole.removeprefix(before) if whole.startswith(before) else render([user], reply=True)

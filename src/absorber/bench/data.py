@@ -131,7 +131,7 @@ def _from_books(
     # About six characters a token at most; a book too short for its streams is left out.
     rows: list[list[int]] = []
     per_book = -(-num_streams // len(order))
-    for name, text in order:
+    for _, text in order:
         for part in range(per_book):
             begin = int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * part / per_book))
             begin = text.find("\n", begin) + 1

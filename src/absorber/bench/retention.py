@@ -158,7 +158,7 @@ def _full(setting: Setting, read_BT: Tensor, passage_BP: Tensor) -> Tensor:
     reader = Full().begin(setting)
     reader.read(read_BT)
     # A few streams at a time: without a memory of their own they need not share a batch.
-    parts = zip(reader.windowed().split(4), passage_BP.split(4), strict=True)
+    parts = zip(torch.split(reader.windowed(), 4), torch.split(passage_BP, 4), strict=True)
     states = [predict_passage(setting.backbone, prefix, part, sink_id=setting.sink_id) for prefix, part in parts]
     return torch.cat(states)
 

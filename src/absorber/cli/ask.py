@@ -39,7 +39,8 @@ def ask(
     """
     report = Output(json_lines=json)
     words = read_question(question)
-    from absorber.session import Session, open_memory, saved_base
+    from absorber.saved_session import saved_base
+    from absorber.session import Session, open_memory
 
     base = saved_base(folder)
     loaded = open_model(model or base, report, device=device, dtype=dtype)

@@ -39,7 +39,7 @@ def chat(
     """
     report = Output(json_lines=json)
     settings.resolve()
-    from absorber.session import STATE
+    from absorber.saved_session import STATE
     from absorber.store import locked
 
     if session is not None:

@@ -156,7 +156,8 @@ def open_session(
     Raises:
         AbsorberError: If one of them cannot be used. Nothing was written then.
     """
-    from absorber.session import STATE, Session, is_session, saved_base
+    from absorber.saved_session import STATE, is_session, saved_base
+    from absorber.session import Session
 
     rounds = Rounds(output)
     if folder is not None and is_session(folder):

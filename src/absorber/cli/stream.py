@@ -36,7 +36,7 @@ def stream(
     report = Output(json_lines=json)
     settings.resolve()
     text = open_source(source, live=True)
-    from absorber.session import STATE
+    from absorber.saved_session import STATE
     from absorber.store import locked
 
     check_output(session, marker=STATE)

@@ -31,7 +31,7 @@ class Setting:
     """Of the method's randomness."""
 
 
-class Reader(abc.ABC):
+class Reader:
     """B streams being read by one method."""
 
     def __init__(self, setting: Setting) -> None:

@@ -1,0 +1,125 @@
+"""A session on disk: a folder with its memory, its window and its random state, written whole or not at all."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from absorber.errors import MemoryFileError, SessionNotFoundError
+from absorber.memory import Memory
+from absorber.store import read_json, recover, whole_folder, write_json
+
+FORMAT = 1
+STATE = "session.json"
+_MEMORY = "memory"
+_OPTIMIZER = "optimizer.safetensors"
+
+Moments = dict[int, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedSession:
+    """What a session consists of, beside the model."""
+
+    memory: Memory
+    """Its memory; `memory` in the folder, like that of `Memory.save`."""
+    window_ids: list[int]
+    """Z."""
+    pending_ids: list[int]
+    """Given, but not yet in the window."""
+    sources: dict[str, int]
+    """Tokens read of each named source."""
+    random_state: Tensor
+    """State of the generator, uint8."""
+    moments: Moments
+    """State of the optimizer by number of the weight; empty if it is not carried over rounds."""
+
+
+def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
+    """Write a session, in place of an older one.
+
+    Raises:
+        MemoryFileError: If something that is not a session stands there, or it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with whole_folder(Path(folder), marker=STATE) as scratch:
+        (scratch / _MEMORY).mkdir()
+        saved.memory.write(scratch / _MEMORY)
+        write_json(
+            scratch / STATE,
+            {
+                "format": FORMAT,
+                "window": saved.window_ids,
+                "pending": saved.pending_ids,
+                "sources": saved.sources,
+                "random_state": saved.random_state.numpy().tobytes().hex(),
+            },
+        )
+        if saved.moments:
+            flat = {f"{index}.{name}": value for index, entry in saved.moments.items() for name, value in entry.items()}
+            save_file(flat, scratch / _OPTIMIZER)
+
+
+def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
+    """Read what `write` wrote.
+
+    Raises:
+        SessionNotFoundError: If there is no session.
+        MemoryFileError: If it is damaged.
+        MemoryMismatchError: If it is of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    place = Path(folder)
+    if not is_session(place):
+        raise SessionNotFoundError(f"there is no session in {place}; give a folder that a session was saved to")
+    content = read_json(place / STATE)
+    memory = Memory.load(place / _MEMORY, model)
+    try:
+        if content["format"] > FORMAT:
+            raise MemoryFileError(
+                f"{place} has format {content['format']}; this version reads up to {FORMAT}. Install a newer absorber"
+            )
+        moments: Moments = {}
+        if (place / _OPTIMIZER).is_file():
+            for key, value in load_file(place / _OPTIMIZER).items():
+                index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = value
+        return SavedSession(
+            memory=memory,
+            window_ids=_token_ids(content["window"], model),
+            pending_ids=_token_ids(content["pending"], model),
+            sources={str(name): int(count) for name, count in content["sources"].items()},
+            random_state=torch.tensor(list(bytes.fromhex(content["random_state"])), dtype=torch.uint8),
+            moments=moments,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise MemoryFileError(f"{place} is damaged: {error}. Restore a copy, or start anew") from error
+
+
+def _token_ids(values: list[Any], model: Any) -> list[int]:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not all(isinstance(value, int) and 0 <= value < vocabulary for value in values):
+        raise ValueError("a token id is outside the model's vocabulary")
+    return values
+
+
+def is_session(folder: str | os.PathLike[str]) -> bool:
+    """Whether a session was saved to this folder."""
+    recover(Path(folder))
+    return (Path(folder) / STATE).is_file()
+
+
+def saved_base(folder: str | os.PathLike[str]) -> str:
+    """Name of the base model that a saved session or memory needs, read without a model.
+
+    Raises:
+        MemoryFileError: If the folder is neither.
+    """
+    place = Path(folder)
+    return str(Memory.provenance(place / _MEMORY if is_session(place) else place)["base"])
