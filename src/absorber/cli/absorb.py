@@ -75,6 +75,7 @@ class _Absorption:
         self._save()
         self.report.event("done", **self._facts())
         self._show_table()
+        self.rounds.warn_of_idle()
         self.report.show(f'\nnext: absorber ask {shlex.quote(str(self.folder))} "What is it about?"')
         return 0
 

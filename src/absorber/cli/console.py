@@ -118,6 +118,8 @@ class Rounds:
         self._losses: list[tuple[float, float]] = []
         self.accepted = 0
         self.rolled_back = 0
+        self.idle = 0
+        """Rounds whose loss was below the threshold before the first step, so that nothing was learned."""
         self.num_tokens = 0
         self.on_change: Callable[[Standing], None] | None = None
         """Called with every report; a progress display sets it."""
@@ -130,6 +132,7 @@ class Rounds:
         if line is not None:
             self.rolled_back += line.rolled_back
             self.accepted += not line.rolled_back
+            self.idle += line.num_steps == 0
             self.num_tokens += line.context_tokens
             self._losses.append((line.loss_before, line.loss_after))
             if self.on_change is None or line.rolled_back:
@@ -152,10 +155,20 @@ class Rounds:
         return {
             "num_rounds": self.accepted + self.rolled_back,
             "num_rolled_back": self.rolled_back,
+            "num_idle": self.idle,
             "absorbed_tokens": self.num_tokens,
             "loss_before": before,
             "loss_after": after,
         }
+
+    def warn_of_idle(self) -> None:
+        """Say so if rounds ended before their first step."""
+        if self.idle:
+            total = self.accepted + self.rolled_back
+            self._output.say(
+                f"warning: in {self.idle} of {total} rounds the loss was below the threshold before the first step, so "
+                "nothing was learned; set a smaller threshold in the [absorb] table of --config"
+            )
 
     def loss_line(self) -> str:
         """The same for people."""

@@ -64,6 +64,7 @@ def demo(
             shown = demonstrate(
                 *loaded,
                 config=CONFIG.replace(seed=seed),
+                stream=STREAM,
                 num_rounds=rounds,
                 progress=counted,
                 say=report.say,
@@ -116,6 +117,7 @@ def _shown(report: Output, counted: Rounds, num_rounds: int) -> Iterator[None]:
 def _show(report: Output, shown: "Demonstration", output: Path, seconds: float) -> None:
     note = f" ({shown.weights_note})" if shown.weights_note else ""
     held, full = max(shown.window_cache_bytes), shown.full_cache_bytes[-1]
+    worth = round(shown.memory_bytes * shown.num_tokens / full)
     report.table(
         [
             ("model", f"{shown.model}{note}"),
@@ -124,7 +126,7 @@ def _show(report: Output, shown: "Demonstration", output: Path, seconds: float) 
             ("window", f"{shown.window_tokens} tokens"),
             ("cache held at most", f"{spell_bytes(held)}, however long the text"),
             ("full attention would hold", f"{spell_bytes(full)}, and more with every token"),
-            ("memory", f"{spell_bytes(shown.memory_bytes)}, however long the text"),
+            ("memory", f"{spell_bytes(shown.memory_bytes)}, as much as the cache of {worth:,} tokens, and never more"),
             ("time", f"{seconds:.0f} s"),
         ]
     )

@@ -90,6 +90,7 @@ def _read(report: Output, text: Source, folder: Path, kept: KeptSession, rounds:
             ("session", str(folder)),
         ]
     )
+    rounds.warn_of_idle()
     report.show(f'\nnext: absorber ask {shlex.quote(str(folder))} "What happened last?"')
     return 0
 
