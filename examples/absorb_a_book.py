@@ -8,7 +8,7 @@ path, folder, source = sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 
 model, tokenizer = absorber.load(source)
 
 # Short windows and few steps suit a CPU; leave both out for the default.
-config = absorber.AbsorbConfig(max_steps=8, learning_rate=2e-4)
+config = absorber.AbsorbConfig(max_steps=8, learning_rate=1e-4)
 stream = absorber.StreamConfig(context_tokens=128, sync_tokens=256)
 
 

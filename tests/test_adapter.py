@@ -62,7 +62,9 @@ def test_add_low_rank(shape):
         one = add_low_rank(output, x, down_BRI[:1], up_BOR[:1], scale=scale)
         torch.testing.assert_close(one, output + scale * x @ (up_BOR[0] @ down_BRI[0]).T)
     assert torch.equal(output, given_output)
-    with pytest.raises(ModelError, match="the adapter has 2 streams, so the batch needs as many rows; got"):
+    with pytest.raises(
+        ModelError, match="the adapter has 2 streams, so the batch needs as many rows, or a multiple; got"
+    ):
         add_low_rank(output, x, down_BRI[:2], up_BOR[:2], scale=1.0)
 
 

@@ -15,6 +15,7 @@ ABOVE_ZERO = (0, 0.0, -1.0, math.inf, math.nan, "1")
 COUNT = (0, -1, 1.5, True, "1", None)
 FROM_ZERO = (-1, 1.5, True, "0", None)
 WEIGHT = (-0.1, math.inf, math.nan, "1", None)
+SHARE = (-0.1, 1.1, math.nan, "1", None)
 CHOICE = ("neither", 1, None)
 FLAG = (0, "yes", None)
 NAMES = ((), ("q_proj", 1), "q_proj", 3)
@@ -27,6 +28,7 @@ BAD_ABSORB = {
     "warmup_steps": FROM_ZERO,
     "schedule": CHOICE,
     "weight_decay": WEIGHT,
+    "adam_epsilon": (*ABOVE_ZERO, None),
     "gradient_clip": (0.0, -1.0, math.nan, "1"),
     "optimizer_state": CHOICE,
     "rank": COUNT,
@@ -44,10 +46,16 @@ BAD_ABSORB = {
     "include_final_norm": FLAG,
     "update_penalty": CHOICE,
     "update_penalty_weight": WEIGHT,
+    "segments": ((), (0,), (1, -1), (1.5,), (True,), 4, None),
+    "replay_rounds": FROM_ZERO,
+    "replay_share": SHARE,
+    "anchor_share": SHARE,
+    "anchor_texts": COUNT,
+    "anchor_tokens": (*COUNT, 1),
     "sink": CHOICE,
     "positions": CHOICE,
     "teacher": CHOICE,
-    "teacher_mixture": (-0.1, 1.1, math.nan, "1", None),
+    "teacher_mixture": SHARE,
     "rollback": CHOICE,
     "seed": FROM_ZERO,
 }
@@ -89,6 +97,7 @@ def test_something_must_be_learned():
 
 def test_values_at_the_edge_are_taken():
     AbsorbConfig(threshold=0, teacher_mixture=1, warmup_steps=0, seed=0, max_steps=1, rank=1, alpha=0.5)
+    AbsorbConfig(segments=(1,), replay_rounds=0, replay_share=1, anchor_share=0, anchor_texts=1, anchor_tokens=2)
     StreamConfig(context_tokens=1, sync_tokens=2, top_p=1, temperature=0)
 
 
@@ -110,7 +119,7 @@ def test_settings_do_not_change_and_replace_checks():
     assert config.replace(rank=3) == AbsorbConfig(rank=3)
     with pytest.raises(ConfigError, match="rank must be 1 or more; got 0"):
         config.replace(rank=0)
-    with pytest.raises(ConfigError, match="unknown setting speed, turbo for AbsorbConfig; known are adapted_layers, "):
+    with pytest.raises(ConfigError, match="unknown setting speed, turbo for AbsorbConfig; known are adam_epsilon, "):
         config.replace(turbo=1, speed=2)
     with pytest.raises(ConfigError, match="unknown setting self"):
         config.replace(self=1)

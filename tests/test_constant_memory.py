@@ -9,7 +9,9 @@ import torch
 import absorber
 from absorber import AbsorbConfig, Session, StreamConfig
 
-CONFIG = AbsorbConfig(rank=2, max_steps=1, learning_rate=1e-4, warmup_steps=0)
+CONFIG = AbsorbConfig(
+    rank=2, max_steps=3, learning_rate=1e-4, warmup_steps=0, replay_rounds=4, anchor_texts=4, anchor_tokens=16
+)
 STREAM = StreamConfig(context_tokens=64, sync_tokens=64, read_tokens=32, max_new_tokens=4)
 WINDOW = STREAM.window_tokens
 QUESTION = "Who?"
@@ -43,6 +45,10 @@ def stream_fifty_windows(model, tokenizer, after_window=lambda number: None):
                 resident_bytes(),
             )
         )
+        assert len(session._stream.reservoir.pairs) <= CONFIG.replay_rounds
+        assert session._stream.anchors.shape == (4, 16)
+    assert min(CONFIG.replay_share, CONFIG.anchor_share) > 0
+    assert len(session._stream.reservoir.pairs) == CONFIG.replay_rounds
     assert session.memory.num_rounds >= 98
     assert session.memory.num_tokens >= 49 * WINDOW
     return held

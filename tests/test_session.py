@@ -226,8 +226,21 @@ def test_a_memory_keeps_what_its_weights_were_made_with(begin, model, config, st
 # --- On disk
 
 
-def test_saving_and_resuming_in_between_changes_nothing(begin, model, tokenizer, config, text, tmp_path):
-    config = config.replace(optimizer_state="carry", weight_decay=0.01)
+@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+def test_saving_and_resuming_in_between_changes_nothing(
+    begin, model, tokenizer, config, text, tmp_path, optimizer_state
+):
+    config = config.replace(
+        optimizer_state=optimizer_state,
+        weight_decay=0.01,
+        max_steps=6,
+        replay_rounds=3,
+        anchor_texts=3,
+        anchor_tokens=4,
+    )
+    assert config.anchor_share > 0
+    assert config.replay_share > 0
+    assert max(config.segments) > 1
     whole, session = begin(config=config), begin(config=config)
     for place in range(0, len(text), 25):
         part = text[place : place + 25]
@@ -242,6 +255,10 @@ def test_saving_and_resuming_in_between_changes_nothing(begin, model, tokenizer,
     assert session.window_ids == whole.window_ids
     assert session.num_tokens == whole.num_tokens
     assert session.source_tokens("part 25") == 25
+    assert len(whole._stream.reservoir.pairs) == 3
+    for ours, theirs in zip(session._stream.reservoir.pairs, whole._stream.reservoir.pairs, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(session._stream.anchors, whole._stream.anchors)
     assert same(session.memory, whole.memory)
 
 
@@ -289,6 +306,11 @@ def test_a_memory_is_not_replaced_by_a_session(begin, text, tmp_path):
         {"window": "none"},
         {"window": [1.5, "x"]},
         {"pending": None},
+        {"replay": None},
+        {"replay": [[[1, 2]]]},
+        {"replay": [[[1, 2], ["x"]]]},
+        {"anchors": 3},
+        {"anchors": [[1, 2], [3]]},
         {"sources": []},
         {"sources": {"book": "far"}},
         {"random_state": "zz"},

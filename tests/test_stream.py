@@ -1,5 +1,7 @@
 """The window: however the input is cut, the same rounds; nothing lost, doubled or out of order, interrupted or not."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,14 +11,22 @@ import absorber.stream
 from absorber import AbsorbConfig, ConfigError, ContextError, StreamConfig
 from absorber.absorption import RoundResult, absorb_context, new_optimizer
 from absorber.adapter import Adapter
+from absorber.backbone import inspect
 from absorber.stream import Stream
+from absorber.subsequent import write_from_nothing
 
 QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 LENGTHS = st.lists(st.integers(0, 40), max_size=8)
 SIZES = st.tuples(st.integers(1, 9), st.integers(2, 9))
-CONFIG = AbsorbConfig(rank=2, max_steps=2, learning_rate=2e-3, warmup_steps=0)
+CONFIG = AbsorbConfig(
+    rank=2, max_steps=2, learning_rate=2e-3, warmup_steps=0, segments=(1,), replay_rounds=0, anchor_share=0.0
+)
+ALL = CONFIG.replace(
+    max_steps=5, segments=(1, 3), replay_rounds=2, replay_share=0.6, anchor_share=0.4, anchor_texts=3, anchor_tokens=4
+)
+"""With replay and anchors."""
 
 
 class Interrupted(BaseException):
@@ -27,7 +37,7 @@ class Absorbed:
     """Stands in for `absorb_context`: writes the rounds down, and fails at those that it is told to."""
 
     def __init__(self, failing=()):
-        self.rounds, self.num_generated = [], []
+        self.rounds, self.num_generated, self.given, self.numbers = [], [], [], []
         self.failing, self.calls = set(failing), 0
 
     def __call__(self, backbone, adapter, context_BN, subsequent_BM, *args, **kwargs):
@@ -36,6 +46,8 @@ class Absorbed:
             raise Interrupted
         self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
         self.num_generated.append(kwargs["num_generated"])
+        self.given.append((kwargs["replayed"], kwargs["anchors"]))
+        self.numbers.append(kwargs["round_number"])
         return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
 
 
@@ -153,12 +165,13 @@ def real_tokens(length):
     return torch.randint(1, 257, (1, length), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.parametrize("base", [CONFIG, ALL], ids=["own_text", "replay_and_anchors"])
 @pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("failing", [(0, 0), (1, 1), (2, 2)])
-def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, optimizer_state, error, failing):
+@pytest.mark.parametrize("failing", [(0, 0), (1, 1), (2, 2), (3, 1)])
+def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, base, optimizer_state, error, failing):
     """Interrupted before step `failing[1]` of round `failing[0]`, in the middle of training."""
-    config = CONFIG.replace(optimizer_state=optimizer_state)
+    config = base.replace(optimizer_state=optimizer_state)
     undisturbed = make(backbone, (6, 9), config=config)
     undisturbed.append(real_tokens(40))
     assert undisturbed.num_rounds == 5
@@ -181,6 +194,48 @@ def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, op
     assert stream.num_rounds == 5
     assert torch.equal(stream.window_BT, undisturbed.window_BT)
     assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
+    kept, expected = ([part for pair in each.reservoir.pairs for part in pair] for each in (stream, undisturbed))
+    assert len(kept) == 2 * config.replay_rounds
+    assert all(map(torch.equal, kept, expected))
+
+
+def test_a_batch_of_streams_is_as_many_single_ones(model):
+    """With replay and anchors, over more rounds than the reservoir holds."""
+    backbone = inspect(copy.deepcopy(model).double())
+    token_ids = torch.randint(1, 257, (3, 60), generator=torch.Generator().manual_seed(6))
+    batch = make(backbone, (6, 9), num_streams=3, config=ALL)
+    batch.append(token_ids)
+    assert batch.num_rounds == 8
+    assert batch.anchors.shape == (3, 4)
+    for row in range(3):
+        single = make(backbone, (6, 9), config=ALL)
+        single.append(token_ids[row : row + 1])
+        assert torch.equal(single.anchors, batch.anchors)
+        for ours, alone in zip(batch.reservoir.pairs, single.reservoir.pairs, strict=True):
+            assert all(torch.equal(part[row : row + 1], own) for part, own in zip(ours, alone, strict=True))
+        for ours, alone in zip(batch._adapter.parameters(), single._adapter.parameters(), strict=True):
+            torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
+    """Earlier rounds of the stream and its anchors; nothing generated is ever replayed."""
+    absorbed = Absorbed()
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    monkeypatch.setattr(absorber.stream, "generate_subsequent", lambda *args, **kwargs: [7] * args[3])
+    stream = make(backbone, (6, 9), config=ALL)
+    stream.append(tokens(50))
+    stream.flush(eos_ids={0}, generator=torch.Generator())
+    real = [(x[0], [token for token in y[0] if token != 7]) for x, y in absorbed.rounds]
+    for number, (replayed, anchors) in enumerate(absorbed.given):
+        pairs = [(x[0].tolist(), y[0].tolist()) for x, y in replayed]
+        assert len(pairs) == min(number, 2)
+        assert all(pair in real[:number] for pair in pairs)
+        assert torch.equal(anchors, write_from_nothing(backbone, ALL, sink_id=0))
+    assert absorbed.numbers == list(range(1, len(real) + 1))
+    plain = Absorbed()
+    monkeypatch.setattr(absorber.stream, "absorb_context", plain)
+    make(backbone, (6, 9)).append(tokens(50))
+    assert all(replayed == [] and anchors is None for replayed, anchors in plain.given)
 
 
 @pytest.mark.parametrize("teacher", ["base", "memory"])

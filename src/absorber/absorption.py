@@ -13,7 +13,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from absorber.adapter import Adapter, Snapshot, mean_update
 from absorber.backbone import Backbone, check_positions, forward_states, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
+from absorber.lessons import Lesson, Lessons, Pair
 from absorber.synchronization import Target, distribution_losses, hidden_distance
 from absorber.teacher import hidden_layers, teach, with_sink
 
@@ -35,17 +36,15 @@ class RoundResult:
     """What one stream's round did."""
 
     losses: list[float] = field(default_factory=list)
-    """Synchronization loss before each step and after the last: `num_steps + 1` numbers."""
+    """Synchronization loss on the round's own text: before the first step and each other step on that text, and after
+    the last step."""
+    num_steps: int = 0
+    """Optimizer steps taken."""
     outcome: Outcome = "absorbed"
     """absorbed: all steps taken. below_threshold: ended early because loss < eps. rolled_back_worse and
     rolled_back_nonfinite: the memory is as it was before the round."""
     seconds: float = 0.0
     """Wall time of the whole batch's round."""
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps taken."""
-        return len(self.losses) - 1
 
     @property
     def rolled_back(self) -> bool:
@@ -62,6 +61,9 @@ def absorb_context(
     *,
     sink_id: int,
     num_generated: int = 0,
+    replayed: Sequence[Pair] = (),
+    anchors: Tensor | None = None,
+    round_number: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> list[RoundResult]:
@@ -76,8 +78,11 @@ def absorb_context(
         sink_id: First token of teacher and student if `config.sink` is "shared".
         num_generated: How many of the last tokens of Y the model wrote itself. The next-token term leaves them
             out, for they tell nothing about the stream.
+        replayed: Pairs (X, Y) of earlier rounds, to train on again.
+        anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
+        round_number: Decides together with the seed which step trains on what.
         optimizer: One from `new_optimizer`, to carry its state over rounds; a new one by default.
-        on_step: Called before each step with its number and the losses [B].
+        on_step: Called before each step with its number and the latest losses [B] on the round's own text.
 
     Returns:
         One result per stream.
@@ -89,7 +94,7 @@ def absorb_context(
         DeviceMemoryError: If the device has no room.
 
     Differs from the paper: the loss is taken once more after the last step, so that a round that did harm is
-    noticed and undone.
+    noticed and undone. Some steps train on earlier rounds or on anchors (`lessons.Lessons`), if the settings say so.
     """
     num_streams = adapter.num_streams
     if context_BN.shape[1] == 0 or subsequent_BM.shape[1] < 2:
@@ -109,25 +114,24 @@ def absorb_context(
     optimizer = optimizer or new_optimizer(adapter, config)
     try:
         with untouched(backbone.model), adapter.attached(backbone):
-            target = teach(backbone, adapter, context_BN, subsequent_BM, config, sink_id=sink)  # line 1
+            own = Lesson(context_BN, subsequent_BM, num_generated, config.segments)
+            lessons = Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
             running_B = torch.ones(num_streams, dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
             for step in range(config.max_steps + 1):  # line 3; the last turn only looks
                 last = step == config.max_steps
+                lesson = lessons.of_step(step)
+                if lesson.target is None:
+                    lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink)  # line 1
+                pieces = lesson.pieces(0 if last else step)
                 with torch.set_grad_enabled(not last):
                     loss_B = synchronization_loss(
-                        backbone,
-                        adapter,
-                        before,
-                        target,
-                        context_BN,
-                        subsequent_BM,
-                        config,
-                        sink_id=sink,
-                        num_generated=num_generated,
+                        backbone, adapter, before, lesson, config, sink_id=sink, segments=pieces
                     )
+                if lesson is own:
+                    own_loss_B = loss_B.detach()
                 if on_step is not None:
-                    on_step(step, loss_B.detach())
-                running_B = _note(results, loss_B.detach(), running_B, config.threshold)
+                    on_step(step, own_loss_B)
+                running_B = _note(results, loss_B.detach(), running_B, config.threshold, own=lesson is own)
                 if step == 0 and not loss_B.isfinite().all():
                     raise DivergedError(
                         f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
@@ -136,6 +140,8 @@ def absorb_context(
                 if last or not running_B.any():
                     break
                 _step(optimizer, adapter, loss_B, running_B, _learning_rate(step, config), config)
+                for index in running_B.nonzero().flatten().tolist():
+                    results[index].num_steps += 1
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:
         adapter.restore(before)
@@ -157,38 +163,69 @@ def absorb_context(
     return results
 
 
+def _teach(
+    backbone: Backbone, adapter: Adapter, before: Snapshot, lesson: Lesson, config: AbsorbConfig, *, sink_id: int | None
+) -> Target:
+    """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
+    if lesson.is_anchor:
+        config = config.replace(teacher="base")
+    segments = lesson.pieces(0) if lesson.is_anchor else 1
+    now = None if config.teacher == "base" else adapter.snapshot()
+    if now is not None:
+        adapter.restore(before)
+    texts = (lesson.context_BN, lesson.subsequent_BM)
+    target = teach(backbone, adapter, *texts, config, sink_id=sink_id, segments=segments)
+    if now is not None:
+        adapter.restore(now)
+    return target
+
+
 def synchronization_loss(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
-    target: Target,
-    context_BN: Tensor,
-    subsequent_BM: Tensor,
+    lesson: Lesson,
     config: AbsorbConfig,
     *,
     sink_id: int | None,
-    num_generated: int = 0,
+    segments: int = 1,
 ) -> Tensor:
     """Run the student over Y alone and measure its distance to the teacher. Equation (6), arXiv 2604.20915.
+
+    Args:
+        backbone: The model, with `adapter` attached.
+        adapter: The memory that is trained.
+        before: Its weights at the beginning of the round, for the update penalty.
+        lesson: X, Y and what the teacher says of Y.
+        config: Losses and their weights.
+        sink_id: First token of the student, or None.
+        segments: Into how many pieces, read one by one, Y is cut.
 
     Returns:
         [B], float32: the weighted sum of hidden-state distance, KL, next-token loss and update penalty.
     """
-    input_ids_BT = with_sink(sink_id, subsequent_BM)
-    first = input_ids_BT.shape[1] - subsequent_BM.shape[1]
+    target, subsequent_BM = lesson.target, lesson.subsequent_BM
+    if target is None:
+        raise ContextError("the lesson has no target; run the teacher first")
+    num_streams, num_tokens = subsequent_BM.shape
+    pieces_BT = subsequent_BM.reshape(num_streams * segments, num_tokens // segments)
+    input_ids_BT = with_sink(sink_id, pieces_BT)
+    first = input_ids_BT.shape[1] - pieces_BT.shape[1]
     position_ids_BT = None
-    if config.positions == "teacher":
-        ids_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-        ids_T[first:] += context_BN.shape[1]  # the sink stays at 0, in teacher and student
-        position_ids_BT = ids_T.expand_as(input_ids_BT)
+    if config.positions == "teacher" and not lesson.is_anchor:  # whose teacher reads the same pieces
+        ids_T = torch.arange(num_tokens, device=input_ids_BT.device) + first + lesson.context_BN.shape[1]
+        ids_ST = ids_T.reshape(segments, -1)
+        if first:  # the sink stays at 0, in teacher and student
+            ids_ST = torch.cat([torch.zeros_like(ids_ST[:, :1]), ids_ST], dim=1)
+        position_ids_BT = ids_ST.repeat(num_streams, 1)
     student = forward_states(
         backbone,
         input_ids_BT,
         first=first,
         layers=hidden_layers(backbone, config),
         position_ids_BT=position_ids_BT,
-    )
-    loss_B = torch.zeros(subsequent_BM.shape[0], device=student.final_BTD.device)
+    ).rejoined(num_streams)
+    loss_B = torch.zeros(num_streams, device=student.final_BTD.device)
     if config.hidden_weight:
         loss_B = loss_B + config.hidden_weight * hidden_distance(
             student.layers, target.layers, norm=config.norm, normalized=config.normalization == "teacher"
@@ -201,7 +238,7 @@ def synchronization_loss(
             backbone.logits,
             with_kl=config.kl_weight > 0,
             with_next_token=config.next_token_weight > 0,
-            num_generated=num_generated,
+            num_generated=lesson.num_generated,
         )
         loss_B = loss_B + config.kl_weight * kl_B + config.next_token_weight * nll_B
     if config.update_penalty != "none" and config.update_penalty_weight:
@@ -212,7 +249,11 @@ def synchronization_loss(
 def new_optimizer(adapter: Adapter, config: AbsorbConfig) -> torch.optim.Optimizer:
     """Make the AdamW that trains the adapter; its state is elementwise, so streams do not touch each other."""
     return torch.optim.AdamW(
-        adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        adapter.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
     )
 
 
@@ -225,16 +266,19 @@ def _learning_rate(step: int, config: AbsorbConfig) -> float:
     return config.learning_rate * min(warm, decay)
 
 
-def _note(results: list[RoundResult], loss_B: Tensor, running_B: Tensor, threshold: float | None) -> Tensor:
-    """Write down the losses of the running streams; return which go on."""
+def _note(
+    results: list[RoundResult], loss_B: Tensor, running_B: Tensor, threshold: float | None, *, own: bool
+) -> Tensor:
+    """Write down the running streams' losses on the round's own text; return which streams go on."""
     goes_on_B = running_B.clone()
     for index, loss in enumerate(loss_B.tolist()):
         if not running_B[index]:
             continue
-        results[index].losses.append(loss)
+        if own or not math.isfinite(loss):
+            results[index].losses.append(loss)
         if not math.isfinite(loss):
             goes_on_B[index] = False
-        elif threshold is not None and loss < threshold:
+        elif own and threshold is not None and loss < threshold:
             results[index].outcome = "below_threshold"
             goes_on_B[index] = False
     return goes_on_B

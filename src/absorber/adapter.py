@@ -55,7 +55,7 @@ class Adapter:
     """The trainable weights of B streams: for each projection W a product B A, so that W x becomes W x + s B A x.
 
     Low-Rank Adaptation, arXiv 2106.09685. With one stream the adapter serves batches of any size; with more, row b
-    of a batch uses the weights of stream b.
+    of a batch uses the weights of stream b. A batch may have S rows per stream, those of stream 0 first.
     """
 
     def __init__(self, down: dict[str, Tensor], up: dict[str, Tensor], *, alpha: float, layout: Layout) -> None:
@@ -218,8 +218,10 @@ def add_low_rank(output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *,
     if num_streams == 1:
         low_TR = x.reshape(-1, x.shape[-1]) @ down_BRI[0].T
         return torch.addmm(output.reshape(-1, output.shape[-1]), low_TR, up_BOR[0].T).view_as(output)
-    if x.shape[0] != num_streams and not (x.dim() == 2 and x.shape[0] % num_streams == 0):
-        raise ModelError(f"the adapter has {num_streams} streams, so the batch needs as many rows; got {x.shape[0]}")
+    if x.shape[0] % num_streams:
+        raise ModelError(
+            f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
+        )
     low_BTR = torch.bmm(x.reshape(num_streams, -1, x.shape[-1]), down_BRI.mT)
     return torch.baddbmm(output.reshape(num_streams, -1, output.shape[-1]), low_BTR, up_BOR.mT).view_as(output)
 

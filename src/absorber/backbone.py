@@ -164,18 +164,14 @@ def sink_token(model: Any, tokenizer: Any) -> int:
     raise ModelError("the tokenizer has no <|endoftext|>, bos_token or eos_token to begin a text with; set bos_token")
 
 
-def eos_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids that end a generated text: the tokenizer's, the model's and the document separator."""
+def eos_tokens(model: Any, tokenizer: Any = None) -> set[int]:
+    """Return the ids that end a generated text: the model's, the tokenizer's and the document separator."""
     found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for ids in (
-        tokenizer.eos_token_id,
-        model.config.get_text_config().eos_token_id,
-        getattr(generation, "eos_token_id", None),
-    ):
+    for place in (tokenizer, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        ids = getattr(place, "eos_token_id", None)
         if ids is not None:
             found.update(ids if isinstance(ids, Sequence) else [ids])
-    separator = tokenizer.get_vocab().get("<|endoftext|>")
+    separator = None if tokenizer is None else tokenizer.get_vocab().get("<|endoftext|>")
     return found | ({separator} if separator is not None else set())
 
 
@@ -207,6 +203,14 @@ class States:
     """The chosen ones, each [B, T, D]; see `forward_states`."""
     final_BTD: Tensor
     """After the final norm: what the output head reads."""
+
+    def rejoined(self, num_streams: int) -> "States":
+        """Put the pieces of each stream's text, which were rows of their own, one after another again."""
+
+        def join(states: Tensor) -> Tensor:
+            return states.reshape(num_streams, -1, states.shape[-1])
+
+        return States(layers=tuple(join(layer) for layer in self.layers), final_BTD=join(self.final_BTD))
 
 
 def forward_states(

@@ -113,7 +113,7 @@ class AbsorbConfig(_Settings):
     """K: optimizer steps a round at most."""
     threshold: float | None = None
     """eps: a round ends as soon as its loss is below this. None: never."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     warmup_steps: int = 3
     """Steps of linear warm-up at the start of each round: a fresh Adam's first steps are as large as its later
@@ -122,6 +122,8 @@ class AbsorbConfig(_Settings):
     """After the warm-up: decay linearly to zero over the round, or stay."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment; larger makes the steps of weights with small gradients smaller."""
     gradient_clip: float | None = 1.0
     """Largest gradient norm of one stream's adapter. None: no clipping."""
     optimizer_state: Literal["reset", "carry"] = "reset"
@@ -140,9 +142,9 @@ class AbsorbConfig(_Settings):
 
     hidden_weight: float = 0.0
     """Weight of the distance between hidden states (eq. 6)."""
-    kl_weight: float = 1.0
+    kl_weight: float = 0.3
     """Weight of KL(teacher || student) of the next-token distributions (the paper's table 5), in nats."""
-    next_token_weight: float = 0.2
+    next_token_weight: float = 1.0
     """Weight of the next-token loss on the subsequent text, in nats. Not in the paper: with a pristine teacher it
     lets the memory beat that teacher (docs/method.md)."""
     norm: Literal["l1", "l2"] = "l1"
@@ -159,6 +161,20 @@ class AbsorbConfig(_Settings):
     """Penalty on the round's change of the weights: the other reading of the paper's "L1 regularization"."""
     update_penalty_weight: float = 0.0
     """Weight of `update_penalty`, on the mean absolute (squared) change of a weight."""
+
+    segments: tuple[int, ...] = (1, 1, 1, 4)
+    """Into how many pieces, which the student reads one by one, the subsequent text is cut: one entry a step, in turn.
+    Short pieces make the memory answer for what stands before them. (1,): never (paper)."""
+    replay_rounds: int = 8
+    """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them."""
+    replay_share: float = 0.5
+    """Share of the steps, anchors left out, that train on an earlier round."""
+    anchor_share: float = 0.2
+    """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
+    anchor_texts: int = 16
+    """How many such texts there are; they are written before the first round."""
+    anchor_tokens: int = 128
+    """Tokens of each."""
 
     sink: Literal["shared", "none"] = "shared"
     """Give teacher and student the same first token, which is never scored, or none (paper)."""
@@ -177,7 +193,13 @@ class AbsorbConfig(_Settings):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_counts("max_steps", "rank")
+        self._check_counts("max_steps", "rank", "anchor_texts")
+        self._check_counts("anchor_tokens", at_least=2)
+        self._check_counts("replay_rounds", at_least=0)
+        self.check("adam_epsilon", 0 < self.adam_epsilon < math.inf, "above zero")
+        self.check("segments", len(self.segments) > 0 and min(self.segments) >= 1, "a list of numbers from 1 up")
+        for name in ("replay_share", "anchor_share"):
+            self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check_counts("warmup_steps", "seed", at_least=0)
         self.check("learning_rate", 0 < self.learning_rate < math.inf, "above zero")
         self.check("alpha", self.alpha is None or 0 < self.alpha < math.inf, "above zero, or left out")
@@ -265,6 +287,9 @@ PRESETS: dict[str, Preset] = {
             normalization="none",
             include_embedding=True,
             include_final_norm=False,
+            segments=(1,),
+            replay_rounds=0,
+            anchor_share=0.0,
             sink="none",
             teacher="memory",
             rollback="nonfinite",

@@ -32,6 +32,10 @@ class SavedSession:
     """Given, but not yet in the window."""
     sources: dict[str, int]
     """Tokens read of each named source."""
+    replay_ids: list[list[list[int]]]
+    """Earlier rounds, each as X and Y."""
+    anchor_ids: list[list[int]] | None
+    """Texts on which the model should stay as it is, if they are written already."""
     random_state: Tensor
     """State of the generator, uint8."""
     moments: Moments
@@ -55,6 +59,8 @@ def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
                 "format": FORMAT,
                 "window": saved.window_ids,
                 "pending": saved.pending_ids,
+                "replay": saved.replay_ids,
+                "anchors": saved.anchor_ids,
                 "sources": saved.sources,
                 "random_state": saved.random_state.numpy().tobytes().hex(),
             },
@@ -94,6 +100,8 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
             memory=memory,
             window_ids=_token_ids(content["window"], model),
             pending_ids=_token_ids(content["pending"], model),
+            replay_ids=[[_token_ids(part, model) for part in (x, y)] for x, y in content["replay"]],
+            anchor_ids=None if content["anchors"] is None else [_token_ids(row, model) for row in content["anchors"]],
             sources={str(name): int(count) for name, count in content["sources"].items()},
             random_state=torch.tensor(list(bytes.fromhex(content["random_state"])), dtype=torch.uint8),
             moments=moments,

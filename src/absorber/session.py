@@ -360,6 +360,8 @@ class Session:
                 memory=self.memory,
                 window_ids=self.window_ids,
                 pending_ids=self._stream.pending_BT[0].tolist(),
+                replay_ids=[[part[0].tolist() for part in pair] for pair in self._stream.reservoir.pairs],
+                anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
                 sources=self._sources,
                 random_state=self._generator.get_state(),
                 moments={} if optimizer is None else optimizer.state_dict()["state"],
@@ -390,6 +392,8 @@ class Session:
                 raise ValueError(f"its window has {len(saved.window_ids)} tokens")
             stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
             stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
+            stream.reservoir.pairs = [(torch.tensor([x]), torch.tensor([y])) for x, y in saved.replay_ids]
+            stream.anchors = None if saved.anchor_ids is None else torch.tensor(saved.anchor_ids)
             session._sources = saved.sources
             session._generator.set_state(saved.random_state)
             if stream.optimizer is not None and saved.moments:

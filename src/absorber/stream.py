@@ -18,8 +18,9 @@ from absorber.adapter import Adapter
 from absorber.backbone import Backbone, check_positions
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ContextError
+from absorber.lessons import Reservoir
 from absorber.memory import Round
-from absorber.subsequent import generate_subsequent
+from absorber.subsequent import generate_subsequent, write_from_nothing
 from absorber.teacher import with_sink
 
 OnStep = Callable[[int, Tensor], None]
@@ -65,6 +66,10 @@ class Stream:
         """Given, but not yet in the window; empty unless `append` was interrupted."""
         self.num_rounds = 0
         """Rounds so far."""
+        self.reservoir = Reservoir(config.replay_rounds, seed=config.seed)
+        """Earlier rounds to train on again."""
+        self.anchors: Tensor | None = None
+        """Texts [Q, A] on which the model should stay as it is; written before the first round."""
 
     def append(self, token_ids_BT: Tensor) -> None:
         """Add tokens at the end, absorbing what leaves the window.
@@ -122,6 +127,8 @@ class Stream:
     def _absorb_oldest(self, generated_BT: Tensor) -> None:
         """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
         size, place = self._stream.context_tokens, self._backbone.device
+        if self.anchors is None and self._config.anchor_share:
+            self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
         results = absorb_context(
@@ -132,11 +139,17 @@ class Stream:
             self._config,
             sink_id=self._sink_id,
             num_generated=generated_BT.shape[1],
+            replayed=[(context.to(place), subsequent.to(place)) for context, subsequent in self.reservoir.pairs],
+            anchors=self.anchors,
+            round_number=self.num_rounds + 1,
             optimizer=self.optimizer,
             on_step=self._on_step,
         )
-        self.window_BT = self.window_BT[:, size:]
+        follows_BM = self.window_BT[:, size:]
+        self.window_BT = follows_BM
         self.num_rounds += 1
+        if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
+            self.reservoir.add((context_BN, follows_BM), round_number=self.num_rounds)
         if self._on_round is not None:
             self._on_round(
                 [

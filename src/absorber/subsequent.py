@@ -3,13 +3,18 @@
 The next text of the stream is the paper's first choice and needs no code: it stands in the window.
 """
 
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, untouched
+from absorber.backbone import Backbone, eos_tokens, untouched
+from absorber.config import AbsorbConfig
+from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
 
 
@@ -58,3 +63,40 @@ def generate_subsequent(
             if len(written) < num_tokens:
                 decoder.read([token])
     return written
+
+
+@torch.no_grad()
+def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int) -> Tensor:
+    """Let the base model write texts from nothing but the sink: samples of what it says when it knows nothing.
+
+    Args:
+        backbone: The model, with no adapter attached.
+        config: How many texts of how many tokens, and the seed.
+        sink_id: What stands before them.
+
+    Returns:
+        Token ids [Q, A], on the CPU; shorter where the model has no positions for more.
+
+    Raises:
+        DivergedError: If the model gives logits that are nan.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    banned = sorted({sink_id} | eos_tokens(backbone.model))
+    cache = DynamicCache(config=backbone.model.config)
+    num_tokens = min(config.anchor_tokens, (backbone.max_positions or math.inf) - 1)  # the sink takes one
+    texts_QT = torch.full((config.anchor_texts, 1), sink_id)
+    given_QT = texts_QT
+    with untouched(backbone.model):
+        while texts_QT.shape[1] <= num_tokens:
+            output = backbone.decoder(input_ids=given_QT.to(backbone.device), past_key_values=cache, use_cache=True)
+            logits_QV = backbone.logits(output.last_hidden_state[:, -1]).float().cpu()
+            if logits_QV.isnan().any():
+                raise DivergedError(
+                    "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
+                )
+            logits_QV[:, banned] = -torch.inf
+            next_Q1 = torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
+            texts_QT = torch.cat([texts_QT, next_Q1], dim=1)
+            # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
+            given_QT = texts_QT if getattr(output, "past_key_values", None) is None else next_Q1
+    return texts_QT[:, 1:]

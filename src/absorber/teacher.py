@@ -45,6 +45,7 @@ def teach(
     config: AbsorbConfig,
     *,
     sink_id: int | None,
+    segments: int = 1,
 ) -> Target:
     """Run the teacher over context and subsequent text (line 1 of Algorithm 1, arXiv 2604.20915).
 
@@ -55,16 +56,19 @@ def teach(
         subsequent_BM: Y.
         config: `teacher` chooses among base, memory and mixture.
         sink_id: Token before X, or None.
+        segments: Into how many pieces Y is cut, which are read one by one; only without X.
 
     Returns:
         Hidden states at the positions of Y. A mixture averages hidden states and log-probabilities.
     """
-    input_ids_BT = with_sink(sink_id, context_BN, subsequent_BM)
-    first = input_ids_BT.shape[1] - subsequent_BM.shape[1]
+    pieces_BT = subsequent_BM.reshape(subsequent_BM.shape[0] * segments, -1)
+    input_ids_BT = with_sink(sink_id, pieces_BT if segments > 1 else torch.cat([context_BN, pieces_BT], dim=1))
+    first = input_ids_BT.shape[1] - pieces_BT.shape[1]
     layers = hidden_layers(backbone, config)
 
     def run() -> States:
-        return forward_states(backbone, input_ids_BT, first=first, layers=layers)
+        states = forward_states(backbone, input_ids_BT, first=first, layers=layers)
+        return states.rejoined(subsequent_BM.shape[0])
 
     if config.teacher == "memory":
         own = run()

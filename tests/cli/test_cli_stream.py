@@ -102,15 +102,15 @@ def test_error_on_the_way_keeps_what_was_absorbed(cli, book, tmp_path, monkeypat
     import absorber.absorption
 
     calls = []
-    original = absorber.absorption.teach
+    original = absorber.absorption.Lessons  # made once a round
 
-    def teach(*arguments, **options):
+    def lessons(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no room")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(absorber.absorption, "teach", teach)
+    monkeypatch.setattr(absorber.absorption, "Lessons", lessons)
     folder = tmp_path / "session"
     result = cli("stream", book, "--session", folder, *SMALL, "--json")
     assert (result.code, result.events[-1]["type"]) == (2, "DeviceMemoryError")

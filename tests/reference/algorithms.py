@@ -58,24 +58,51 @@ def teacher_pass(model, lora, context, subsequent, config, sink):
     return mixed, [(base_logits, 1 - share), (own_logits, share)]
 
 
-def student_loss(model, lora, context, subsequent, target, before, config, sink, num_generated):
-    """The student reads Y alone; its distance to the teacher."""
-    positions = None
-    if config.positions == "teacher":
-        positions = [*range(len(sink)), *range(len(sink) + len(context), len(sink) + len(context) + len(subsequent))]
-    states, final, logits = read(lora.run, model, [*sink, *subsequent], first=len(sink), position_ids=positions)
+def anchor_pass(model, texts, config, sink):
+    """What the base says of texts that stand alone: as `teacher_pass`, one text after another."""
+    hidden, logits = [], []
+    for text in texts:
+        with torch.no_grad():
+            states, final, text_logits = read(plain, model, [*sink, *text], first=len(sink))
+        hidden.append(chosen_states(states, final, config))
+        logits.append(text_logits)
+    return [torch.cat(parts) for parts in zip(*hidden, strict=True)], [(torch.cat(logits), 1.0)]
+
+
+def student_pass(model, lora, num_context, subsequent, config, sink, pieces):
+    """The student reads Y alone, or each piece of it alone: (hidden states to compare, logits)."""
+    length, hidden, logits = len(subsequent) // pieces, [], []
+    for start in range(0, len(subsequent), length):
+        positions = None
+        if config.positions == "teacher":
+            first = len(sink) + num_context + start
+            positions = [*range(len(sink)), *range(first, first + length)]
+        piece = [*sink, *subsequent[start : start + length]]
+        states, final, piece_logits = read(lora.run, model, piece, first=len(sink), position_ids=positions)
+        hidden.append(chosen_states(states, final, config))
+        logits.append(piece_logits)
+    return [torch.cat(parts) for parts in zip(*hidden, strict=True)], torch.cat(logits)
+
+
+def student_loss(
+    model, lora, num_context, subsequent, target, before, config, sink, num_generated, *, pieces=1, is_anchor=False
+):
+    """The distance of the student, who reads Y in pieces, to the teacher; an anchor has no next-token term."""
+    if is_anchor:
+        config = config.replace(positions="own")
+    student, logits = student_pass(model, lora, num_context, subsequent, config, sink, pieces)
     hidden, teachers = target
-    loss = 0.0
+    loss = torch.zeros(())
     if config.hidden_weight:
         loss = loss + config.hidden_weight * losses.hidden_distance(
-            chosen_states(states, final, config),
+            student,
             hidden,
             norm=config.norm,
             normalized=config.normalization == "teacher",
         )
     if config.kl_weight:
         loss = loss + config.kl_weight * losses.kl(logits, teachers)
-    if config.next_token_weight:
+    if config.next_token_weight and not is_anchor:
         loss = loss + config.next_token_weight * losses.next_token(logits, subsequent, num_generated=num_generated)
     if config.update_penalty != "none":
         size = losses.update_size(lora.products(), before, norm=config.update_penalty)
@@ -94,28 +121,68 @@ def learning_rate(step, config):
 
 
 def new_optimizer(lora, config):
-    return torch.optim.AdamW(lora.leaves(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        lora.leaves(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
+    )
 
 
-def absorb_context(model, lora, context, subsequent, config, *, sink_id, num_generated=0, optimizer=None):
-    """Algorithm 1. Trains `lora` in place; returns (losses, whether the round was rolled back)."""
+def num_pieces(length, wanted):
+    """The largest number up to `wanted` of equal pieces of at least two tokens."""
+    even = [count for count in range(1, wanted + 1) if length % count == 0 and length // count >= 2]
+    return max(even, default=1)
+
+
+def absorb_context(
+    model,
+    lora,
+    context,
+    subsequent,
+    config,
+    *,
+    sink_id,
+    num_generated=0,
+    optimizer=None,
+    replayed=(),
+    anchor_texts=(),
+    plan=None,
+):
+    """Algorithm 1. Trains `lora` in place; returns (losses on its own text, whether the round was rolled back).
+
+    `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
+    """
+    plan = plan or ["own"] * config.max_steps
     sink = [sink_id] if config.sink == "shared" else []
     optimizer = optimizer or new_optimizer(lora, config)
     saved_weights = [leaf.detach().clone() for leaf in lora.leaves()]
     saved_moments = copy.deepcopy(optimizer.state_dict())
     before = [product.detach() for product in lora.products()]
-    target = teacher_pass(model, lora, context, subsequent, config, sink)
+    own_target = teacher_pass(model, lora, context, subsequent, config, sink)
+    replay_targets = [teacher_pass(model, lora, x, y, config, sink) for x, y in replayed]
+    anchor_target = anchor_pass(model, anchor_texts, config, sink) if anchor_texts else None
+    row = [token for text in anchor_texts for token in text]
 
-    def loss_now():
-        return student_loss(model, lora, context, subsequent, target, before, config, sink, num_generated)
+    def loss_at(step, kind):
+        wanted = config.segments[step % len(config.segments)]
+        what, pieces, generated = (context, subsequent, own_target), None, 0
+        if kind == "own":
+            generated = num_generated
+        elif kind == "anchor":
+            what, pieces = ([], row, anchor_target), len(anchor_texts)
+        else:
+            what = (*replayed[kind], replay_targets[kind])
+        x, y, target = what
+        pieces = pieces or num_pieces(len(y), wanted)
+        options = {"pieces": pieces, "is_anchor": kind == "anchor"}
+        return student_loss(model, lora, len(x), y, target, before, config, sink, generated, **options)
 
     trace = []
     for step in range(config.max_steps):
-        loss = loss_now()
-        trace.append(loss.item())
-        if config.threshold is not None and loss.item() < config.threshold:
-            break
-        if not math.isfinite(trace[-1]):
+        loss = loss_at(step, plan[step])
+        if plan[step] == "own":
+            trace.append(loss.item())
+            if config.threshold is not None and loss.item() < config.threshold:
+                break
+        if not math.isfinite(loss.item()):
             break
         gradients = torch.autograd.grad(loss, lora.leaves(), materialize_grads=True)
         length = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
@@ -128,7 +195,7 @@ def absorb_context(model, lora, context, subsequent, config, *, sink_id, num_gen
         optimizer.step()
     else:
         with torch.no_grad():
-            trace.append(loss_now().item())
+            trace.append(loss_at(0, "own").item())
     undone = not math.isfinite(trace[-1]) or (config.rollback == "worse" and trace[-1] > trace[0])
     if undone:
         with torch.no_grad():

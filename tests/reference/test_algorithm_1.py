@@ -9,11 +9,15 @@ from absorber import PRESETS, AbsorbConfig
 from absorber.absorption import absorb_context, new_optimizer, synchronization_loss
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
+from absorber.lessons import Lesson, Lessons, Reservoir
 from absorber.teacher import teach
 from reference import algorithms as twin
 from reference.lora import PlainLora
 
 SINK = 0
+ALONE = {"segments": (1,), "replay_rounds": 0, "anchor_share": 0.0}
+"""A round on its own text, read whole."""
+LEARNING = {"kl_weight": 1.0, "next_token_weight": 0.1}
 HIDDEN = {"hidden_weight": 1.0, "kl_weight": 0.0, "next_token_weight": 0.0}
 
 OPTIONS = {
@@ -39,7 +43,14 @@ OPTIONS = {
     "carry": {"optimizer_state": "carry", "weight_decay": 0.1},
     "constant": {"schedule": "constant", "warmup_steps": 0, "gradient_clip": None},
     "clipped": {"gradient_clip": 0.01},
+    "epsilon": {"adam_epsilon": 1e-3},
     "threshold": {"threshold": 5.36},
+    "segments": {"segments": (4, 1, 3)},
+    "segments_hidden": HIDDEN | {"segments": (2, 3)},
+    "segments_no_sink": {"segments": (3,), "sink": "none", "hidden_weight": 1.0},
+    "segments_teacher_positions": {"segments": (4,), "positions": "teacher", "hidden_weight": 1.0},
+    "segments_teacher_positions_no_sink": {"segments": (6, 1), "positions": "teacher", "sink": "none"},
+    "segments_mixture": {"segments": (3, 2), "teacher": "mixture", "hidden_weight": 1.0},
     "paper": {
         key: value
         for key, value in PRESETS["paper"].absorb.to_dict().items()
@@ -59,7 +70,8 @@ def double(_tiny):
 
 
 def settings(name):
-    return AbsorbConfig(**{"rank": 3, "max_steps": 4, "learning_rate": 3e-3, "alpha": 5.0} | OPTIONS[name])
+    few = {"rank": 3, "max_steps": 4, "learning_rate": 3e-3, "alpha": 5.0}
+    return AbsorbConfig.from_dict(few | ALONE | LEARNING | OPTIONS[name])
 
 
 def begun(backbone, config, num_streams=1):
@@ -74,7 +86,7 @@ def begun(backbone, config, num_streams=1):
 
 def rounds(number):
     generator = torch.Generator().manual_seed(11)
-    return [torch.randint(1, 257, (1, 22), generator=generator).split([9, 13], dim=1) for _ in range(number)]
+    return [torch.randint(1, 257, (1, 21), generator=generator).split([9, 12], dim=1) for _ in range(number)]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -85,13 +97,14 @@ def test_loss_and_gradient(double, name):
     sink = SINK if config.sink == "shared" else None
     before, past = adapter.snapshot(), PlainLora(adapter)
     with adapter.attached(backbone):
-        target = teach(backbone, adapter, context_BN, subsequent_BM, config, sink_id=sink)
+        lesson = Lesson(context_BN, subsequent_BM, 4, config.segments)
+        lesson.target = teach(backbone, adapter, context_BN, subsequent_BM, config, sink_id=sink)
         with torch.no_grad():
             for weight in adapter.parameters():  # as after some steps, so that the update penalty is not zero
                 weight += 0.01
-        loss_B = synchronization_loss(
-            backbone, adapter, before, target, context_BN, subsequent_BM, config, sink_id=sink, num_generated=4
-        )
+        pieces = lesson.pieces(0)
+        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink, segments=pieces)
+    assert pieces == config.segments[0]
     gradients = torch.autograd.grad(loss_B.sum(), adapter.parameters(), materialize_grads=True)
 
     lora, sinks = PlainLora(adapter), [] if sink is None else [sink]
@@ -100,13 +113,14 @@ def test_loss_and_gradient(double, name):
     theirs = twin.student_loss(
         double,
         lora,
-        context,
+        len(context),
         subsequent,
         twin.teacher_pass(double, past, context, subsequent, config, sinks),
         products,
         config,
         sinks,
         4,
+        pieces=pieces,
     )
     torch.testing.assert_close(loss_B[0].double(), theirs.double(), rtol=1e-5, atol=1e-7)
     for ours, gradient in zip(
@@ -166,3 +180,103 @@ def test_a_batch_equals_single_streams(double):
             assert results[b].losses == pytest.approx(losses, rel=1e-4)
             for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
                 torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
+
+
+LESSONS = {
+    "max_steps": 8,
+    "segments": (1, 1, 3),
+    "replay_rounds": 2,
+    "replay_share": 0.6,
+    "anchor_share": 0.4,
+    "anchor_texts": 3,
+    "anchor_tokens": 5,
+    "adam_epsilon": 1e-4,  # or Adam makes a whole step of a gradient that is nothing but rounding errors
+}
+WITH_LESSONS = {
+    "losses_of_the_default": {"kl_weight": 0.3, "next_token_weight": 1.0},
+    "hidden": HIDDEN,
+    "next_token_alone": {"kl_weight": 0.0, "next_token_weight": 1.0},
+    "no_sink": {"sink": "none", "hidden_weight": 1.0},
+    "teacher_positions": {"positions": "teacher", "hidden_weight": 1.0},
+    "own_memory": {"teacher": "memory", "hidden_weight": 1.0},
+    "mixture": {"teacher": "mixture"},
+    "carry": {"optimizer_state": "carry", "update_penalty": "l2", "update_penalty_weight": 500.0},
+    "replay_alone": {"anchor_share": 0.0},
+    "anchors_alone": {"replay_rounds": 0},
+    "shorter_anchors": {"anchor_tokens": 2},
+    "longer_anchors": {"anchor_tokens": 17},
+}
+
+
+def plan_of(own, replayed, anchors, config, round_number):
+    """What the library draws: (for each step "own", "anchor" or the number of a pair; the anchors' texts)."""
+    lessons = Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
+    plan, texts = [], []
+    for step in range(config.max_steps):
+        lesson = lessons.of_step(step)
+        if lesson is own:
+            plan.append("own")
+        elif lesson.is_anchor:
+            plan.append("anchor")
+            texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
+        else:
+            plan.append(next(place for place, pair in enumerate(replayed) if pair[0] is lesson.context_BN))
+    return plan, texts
+
+
+@pytest.mark.parametrize(
+    ("name", "num_streams"), [*((name, 1) for name in WITH_LESSONS), ("losses_of_the_default", 3), ("hidden", 3)]
+)
+def test_rounds_with_replay_and_anchors(double, name, num_streams):
+    """Five rounds: each stream of a batch is the twin, which sees the lessons as one list of pairs and of texts."""
+    config, backbone = settings("default").replace(**LESSONS | WITH_LESSONS[name]), inspect(double)
+    adapter, seen = begun(backbone, config, num_streams=num_streams), set()
+    loras = [PlainLora(adapter, b) for b in range(num_streams)]
+    carry = config.optimizer_state == "carry"
+    ours_optimizer = new_optimizer(adapter, config) if carry else None
+    twin_optimizers = [twin.new_optimizer(lora, config) if carry else None for lora in loras]
+    generator = torch.Generator().manual_seed(4)
+    anchors = torch.randint(1, 257, (config.anchor_texts, config.anchor_tokens), generator=generator)
+    reservoir = Reservoir(config.replay_rounds, seed=config.seed)
+    all_rounds = rounds(5 * num_streams)
+    for number in range(1, 6):
+        of_streams = all_rounds[(number - 1) * num_streams : number * num_streams]
+        context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
+        pairs = list(reservoir.pairs)
+        plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), pairs, anchors, config, number)
+        seen |= set(plan)
+        results = absorb_context(
+            backbone,
+            adapter,
+            context_BN,
+            subsequent_BM,
+            config,
+            sink_id=SINK,
+            num_generated=3,
+            replayed=pairs,
+            anchors=anchors,
+            round_number=number,
+            optimizer=ours_optimizer,
+        )
+        for b, lora in enumerate(loras):
+            losses, undone = twin.absorb_context(
+                double,
+                lora,
+                context_BN[b].tolist(),
+                subsequent_BM[b].tolist(),
+                config,
+                sink_id=SINK,
+                num_generated=3,
+                optimizer=twin_optimizers[b],
+                replayed=[(x[b].tolist(), y[b].tolist()) for x, y in pairs],
+                anchor_texts=texts,
+                plan=plan,
+            )
+            assert results[b].losses == pytest.approx(losses, rel=1e-4)
+            assert (results[b].rolled_back, results[b].num_steps) == (undone, config.max_steps)
+            assert len(losses) == plan.count("own") + 1
+            for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
+                torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
+        reservoir.add((context_BN, subsequent_BM), round_number=number)
+    assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
+    assert ({0, 1} <= seen) == (name != "anchors_alone")

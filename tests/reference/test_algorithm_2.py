@@ -11,7 +11,9 @@ from reference import algorithms as twin
 from reference.lora import PlainLora
 
 N, M = 8, 12
-DEFAULT = AbsorbConfig(rank=2, max_steps=2, learning_rate=2e-3, warmup_steps=0)
+DEFAULT = AbsorbConfig(
+    rank=2, max_steps=2, learning_rate=2e-3, warmup_steps=0, segments=(1,), replay_rounds=0, anchor_share=0.0
+)
 PAPER = PRESETS["paper"].absorb.replace(rank=2, max_steps=2, threshold=0.01)
 
 
@@ -124,6 +126,7 @@ def test_the_paper_preset_is_the_papers():
     assert absorb.include_embedding
     assert not absorb.include_final_norm
     assert (absorb.sink, absorb.positions, absorb.teacher) == ("none", "own", "memory")
+    assert (absorb.segments, absorb.replay_rounds, absorb.anchor_share) == ((1,), 0, 0.0)
     assert (absorb.rollback, absorb.update_penalty, absorb.optimizer_state) == ("nonfinite", "none", "reset")
 
 

@@ -22,7 +22,7 @@ from absorber.text import cut
 
 # Short windows and few steps, for a CPU. The learning rate was doubled because there are half as many steps; nothing
 # else was tried on this book.
-CONFIG = AbsorbConfig(max_steps=8, learning_rate=2e-4)
+CONFIG = AbsorbConfig(max_steps=8, learning_rate=1e-4)
 STREAM = StreamConfig(context_tokens=128, sync_tokens=256, max_new_tokens=48)
 NUM_ROUNDS = 10
 PASSAGE_TOKENS = 256

@@ -1,0 +1,78 @@
+"""Figures and tables from records, and from nothing else."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from absorber.bench.records import Record
+from absorber.errors import BenchmarkError
+from absorber.models import DEFAULT_MODEL
+
+Row = tuple[str, ...]
+
+
+def retention_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
+    """One row per method and kind of stream, after the last round that all of a kind have.
+
+    Returns:
+        The heads, and the rows.
+    """
+    drift_kinds = sorted({record.config["drift_kind"] for record in records if "drift_kind" in record.config})
+    heads: Row = ("stream", "method", "rounds", "windowed nll", "windowed gap closed", "contextless gap closed")
+    heads += tuple(f"drift, {kind}" for kind in drift_kinds)
+    rows = []
+    for (kind, method), own in _by_method(records).items():
+        last = max(record.round for record in own)
+        found = {(record.metric, record.config.get("drift_kind")): record for record in own if record.round == last}
+        cells = [kind, method, str(last), f"{found['windowed_nll', None].value:.4f}"]
+        cells += [_gap(found[f"{view}_gap_closed", None]) for view in ("windowed", "contextless")]
+        cells += [f"{found['drift_nll', other].value:+.4f}" for other in drift_kinds]
+        rows.append(tuple(cells))
+    return heads, rows
+
+
+def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books") -> None:
+    """Draw the gap closed round by round, windowed and contextless, with its interval, one line per method.
+
+    Raises:
+        BenchmarkError: If there are no records of this kind.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    views = ("windowed", "contextless")
+    panels = dict(zip(views, figure.subplots(1, 2), strict=True))
+    lines = {method: own for (of, method), own in _by_method(records).items() if of == kind}
+    if not lines:
+        raise BenchmarkError(f"there are no records of streams of {kind}; run absorber bench retention first")
+    for method, own in lines.items():
+        for view, panel in panels.items():
+            found = sorted((r for r in own if r.metric == f"{view}_gap_closed"), key=lambda record: record.round)
+            rounds = [record.round for record in found]
+            drawn = panel.plot(rounds, [100 * record.value for record in found], "o-", markersize=3, label=method)
+            low, high = ([100 * (getattr(r, end) or r.value) for r in found] for end in ("ci95_low", "ci95_high"))
+            panel.fill_between(rounds, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
+    for view, panel in panels.items():
+        panel.axhline(0, color="#999999", linewidth=0.8)
+        panel.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
+        panel.set(title=f"{view}: gap closed, %", xlabel="rounds")
+    panels["windowed"].legend(frameon=False, fontsize=8)
+    first = next(iter(lines.values()))[0]
+    origin = " (weights 4-bit in origin)" if first.model == DEFAULT_MODEL else ""
+    figure.suptitle(
+        f"{first.model}{origin}, {first.num_samples} streams of {kind}; 100 % is full attention", fontsize=10
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.config["task"]["kind"], record.method].append(record)
+    return dict(groups)
+
+
+def _gap(record: Record) -> str:
+    low, high = record.ci95_low, record.ci95_high
+    interval = f" [{100 * low:.0f}, {100 * high:.0f}]" if low is not None and high is not None else ""
+    return f"{100 * record.value:.0f} %{interval}" if record.value == record.value else "no gap"
