@@ -116,32 +116,7 @@ def absorb_context(
         with untouched(backbone.model), adapter.attached(backbone):
             own = Lesson(context_BN, subsequent_BM, num_generated, config.segments)
             lessons = Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
-            running_B = torch.ones(num_streams, dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
-            for step in range(config.max_steps + 1):  # line 3; the last turn only looks
-                last = step == config.max_steps
-                lesson = lessons.of_step(step)
-                if lesson.target is None:
-                    lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink)  # line 1
-                pieces = lesson.pieces(0 if last else step)
-                with torch.set_grad_enabled(not last):
-                    loss_B = synchronization_loss(
-                        backbone, adapter, before, lesson, config, sink_id=sink, segments=pieces
-                    )
-                if lesson is own:
-                    own_loss_B = loss_B.detach()
-                if on_step is not None:
-                    on_step(step, own_loss_B)
-                running_B = _note(results, loss_B.detach(), running_B, config.threshold, own=lesson is own)
-                if step == 0 and not loss_B.isfinite().all():
-                    raise DivergedError(
-                        f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
-                        "non-finite states for this text. Check the model's weights, or load it with dtype float32"
-                    )
-                if last or not running_B.any():
-                    break
-                _step(optimizer, adapter, loss_B, running_B, _learning_rate(step, config), config)
-                for index in running_B.nonzero().flatten().tolist():
-                    results[index].num_steps += 1
+            _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:
         adapter.restore(before)
@@ -161,6 +136,46 @@ def absorb_context(
     for result in results:
         result.seconds = seconds
     return results
+
+
+def _train(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    lessons: Lessons,
+    results: list[RoundResult],
+    optimizer: torch.optim.Optimizer,
+    config: AbsorbConfig,
+    *,
+    sink_id: int | None,
+    on_step: Callable[[int, Tensor], None] | None,
+) -> None:
+    """Lines 1 to 3 of Algorithm 1, with the teacher asked when a lesson first comes up."""
+    running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
+    for step in range(config.max_steps + 1):  # line 3; the last turn only looks
+        last = step == config.max_steps
+        lesson = lessons.of_step(step)
+        if lesson.target is None:
+            lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
+        pieces = lesson.pieces(0 if last else step)
+        with torch.set_grad_enabled(not last):
+            loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces)
+        own = lesson is lessons.own
+        if own:
+            own_loss_B = loss_B.detach()
+        if on_step is not None:
+            on_step(step, own_loss_B)
+        running_B = _note(results, loss_B.detach(), running_B, config.threshold, own=own)
+        if step == 0 and not loss_B.isfinite().all():
+            raise DivergedError(
+                f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
+                "non-finite states for this text. Check the model's weights, or load it with dtype float32"
+            )
+        if last or not running_B.any():
+            break
+        _step(optimizer, adapter, loss_B, running_B, _learning_rate(step, config), config)
+        for index in running_B.nonzero().flatten().tolist():
+            results[index].num_steps += 1
 
 
 def _teach(
