@@ -217,6 +217,11 @@ class AbsorbConfig(_Settings):
                 "give at least one of them a weight"
             )
 
+    @property
+    def has_anchors(self) -> bool:
+        """Whether any step is on an anchor, which has no next-token term."""
+        return self.anchor_share * (self.kl_weight + self.hidden_weight) > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig(_Settings):

@@ -59,8 +59,7 @@ class Lessons:
         dice = random.Random(f"{config.seed}/{round_number}")
         self.own = own
         earlier = [Lesson(context, subsequent, 0, config.segments) for context, subsequent in replayed]
-        holds = config.anchor_share * (config.kl_weight + config.hidden_weight)  # an anchor has no next-token term
-        anchor = None if anchors is None or holds == 0 else _anchor(own, anchors, dice)
+        anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
         self._of_step = [own]
         for _ in range(1, config.max_steps):
             lesson = own

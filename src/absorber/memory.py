@@ -125,11 +125,7 @@ class Memory:
         Raises:
             MemoryMismatchError: If it is another.
         """
-        if fingerprint(model) != self.fingerprint:
-            raise MemoryMismatchError(
-                f"this memory was absorbed with {self.base}, and {base_name(model)} is another model (its weights' "
-                "fingerprint differs); load the model it was absorbed with"
-            )
+        _check_base(model, self.fingerprint, base=self.base, what="this memory")
 
     # --- On disk
 
@@ -212,13 +208,17 @@ class Memory:
             fields["ledger"] = [_round(line) for line in content["ledger"]]
         except (KeyError, TypeError, AttributeError, AbsorberError) as error:
             raise MemoryFileError(f"{Path(folder) / PROVENANCE} is damaged: {error}") from error
-        if content["fingerprint"] != fingerprint(model):
-            raise MemoryMismatchError(
-                f"the memory in {folder} was absorbed with {content['base']}, and {base_name(model)} is another model "
-                "(its weights' fingerprint differs); load the model it was absorbed with"
-            )
+        _check_base(model, fields["fingerprint"], base=fields["base"], what=f"the memory in {folder}")
         kind = getattr(torch, fields["config"].adapter_dtype)
         return cls(adapter=load_peft(inspect(model), Path(folder), dtype=kind), **fields)
+
+
+def _check_base(model: Any, expected: str, *, base: str, what: str) -> None:
+    if fingerprint(model) != expected:
+        raise MemoryMismatchError(
+            f"{what} was absorbed with {base}, and {base_name(model)} is another model (its weights' fingerprint "
+            "differs); load the model it was absorbed with"
+        )
 
 
 def _plain(line: Round) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Stream:
     def _absorb_oldest(self, generated_BT: Tensor) -> None:
         """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
         size, place = self._stream.context_tokens, self._backbone.device
-        if self.anchors is None and self._config.anchor_share:
+        if self.anchors is None and self._config.has_anchors:
             self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from absorber.backbone import base_name, inspect, sink_token
-from absorber.bench.methods import Method
+from absorber.bench.methods import METHODS, Method
 from absorber.bench.records import Record, append_records, environment, gap_interval, mean_interval, read_records
 from absorber.bench.retention import Checkpoint, Retention, measure, prepare
 from absorber.errors import AbsorberError
@@ -88,7 +88,7 @@ def run_retention(
             continue
         if reference is None:
             listener.say("reading with full attention and with the window alone, for comparison")
-            reference = checkpoints(_REFERENCE, _truncation())
+            reference = checkpoints(_REFERENCE, METHODS[_REFERENCE])
         try:
             if backbone.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -103,12 +103,6 @@ def run_retention(
         listener.on_method(name, records)
         found += records
     return found
-
-
-def _truncation() -> Method:
-    from absorber.bench.methods import METHODS
-
-    return METHODS[_REFERENCE]
 
 
 def _identity(record: Record) -> str:
