@@ -25,7 +25,7 @@ from absorber.backbone import Backbone, check_positions, forward_states, untouch
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.lessons import Lesson, Lessons, Pair
-from absorber.synchronization import Target, distribution_losses, hidden_distance
+from absorber.synchronization import Target, distribution_loss, hidden_distance
 from absorber.teacher import hidden_layers, teach, with_sink
 
 Outcome = Literal["absorbed", "below_threshold", "rolled_back_worse", "rolled_back_nonfinite"]
@@ -246,16 +246,15 @@ def synchronization_loss(
             student.layers, target.layers, norm=config.norm, normalized=config.normalization == "teacher"
         )
     if config.kl_weight or config.next_token_weight:
-        kl_B, nll_B = distribution_losses(
+        loss_B = loss_B + distribution_loss(
             student.final_BTD,
             target,
             subsequent_BM,
             backbone.logits,
-            with_kl=config.kl_weight > 0,
-            with_next_token=config.next_token_weight > 0,
+            kl_weight=config.kl_weight,
+            next_token_weight=config.next_token_weight,
             num_generated=lesson.num_generated,
         )
-        loss_B = loss_B + config.kl_weight * kl_B + config.next_token_weight * nll_B
     if config.update_penalty != "none" and config.update_penalty_weight:
         loss_B = loss_B + config.update_penalty_weight * mean_update(adapter, before, config.update_penalty)
     return loss_B

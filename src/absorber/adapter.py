@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from absorber import kernels
 from absorber.backbone import Backbone, base_name, num_features
 from absorber.config import AbsorbConfig
 from absorber.errors import ConfigError, MemoryFileError, MemoryMismatchError, ModelError
@@ -213,17 +214,43 @@ def add_low_rank(output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *,
     """
     if scale != 1:
         up_BOR = up_BOR * scale  # the smaller factor
-    down_BRI, up_BOR = down_BRI.to(x.dtype), up_BOR.to(x.dtype)
     num_streams = down_BRI.shape[0]
     if num_streams == 1:
-        low_TR = x.reshape(-1, x.shape[-1]) @ down_BRI[0].T
-        return torch.addmm(output.reshape(-1, output.shape[-1]), low_TR, up_BOR[0].T).view_as(output)
+        low_TR = x.reshape(-1, x.shape[-1]) @ down_BRI[0].to(x.dtype).T
+        return torch.addmm(output.reshape(-1, output.shape[-1]), low_TR, up_BOR[0].to(x.dtype).T).view_as(output)
     if x.shape[0] % num_streams:
         raise ModelError(
             f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
         )
-    low_BTR = torch.bmm(x.reshape(num_streams, -1, x.shape[-1]), down_BRI.mT)
-    return torch.baddbmm(output.reshape(num_streams, -1, output.shape[-1]), low_BTR, up_BOR.mT).view_as(output)
+    output_BTO, x_BTI = output.reshape(num_streams, -1, output.shape[-1]), x.reshape(num_streams, -1, x.shape[-1])
+    if kernels.usable(x) and torch.is_grad_enabled():
+        sum_BTO: Tensor = _AddLowRank.apply(output_BTO, x_BTI, down_BRI, up_BOR)  # type: ignore[no-untyped-call]
+        return sum_BTO.view_as(output)
+    low_BTR = torch.bmm(x_BTI, down_BRI.to(x.dtype).mT)
+    return torch.baddbmm(output_BTO, low_BTR, up_BOR.to(x.dtype).mT).view_as(output)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """output + B A x of many streams, with the gradients of A and B from a kernel, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, output_BTO: Tensor, x_BTI: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
+        down_BRI, up_BOR = down_BRI.to(x_BTI.dtype), up_BOR.to(x_BTI.dtype)
+        low_BTR = torch.bmm(x_BTI, down_BRI.mT)
+        ctx.save_for_backward(x_BTI, low_BTR, down_BRI, up_BOR)
+        return torch.baddbmm(output_BTO, low_BTR, up_BOR.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        x_BTI, low_BTR, down_BRI, up_BOR = ctx.saved_tensors
+        slope_BTO = upstream[0]
+        low_slope_BTR = torch.bmm(slope_BTO, up_BOR)
+        return (
+            slope_BTO,
+            torch.bmm(low_slope_BTR, down_BRI),
+            kernels.outer_products(low_slope_BTR, x_BTI),
+            kernels.outer_products(slope_BTO, low_BTR),
+        )
 
 
 def mean_update(adapter: Adapter, before: Snapshot, norm: str) -> Tensor:

@@ -5,19 +5,21 @@ Every function returns one number per stream, so that each stream of a batch lea
 Shapes: B streams, T scored tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from absorber import kernels
 from absorber.errors import ContextError
 
 Logits = Callable[[Tensor], Tensor]
 
-# Largest number of logits built at once; a longer text is cut into pieces.
-_LOGITS_AT_ONCE = 2**25
+# Largest number of logits built at once, by kind of device; a longer text is cut into pieces.
+LOGITS_AT_ONCE = defaultdict(lambda: 2**25, cuda=2**27)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,17 @@ def hidden_distance(
     return total_B / len(student_BTD)
 
 
-def distribution_losses(
+def distribution_loss(
     student_BTD: Tensor,
     target: Target,
     token_ids_BT: Tensor,
     logits: Logits,
     *,
-    with_kl: bool,
-    with_next_token: bool,
+    kl_weight: float,
+    next_token_weight: float,
     num_generated: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Mean KL(teacher || student) and mean next-token loss of the student, from one projection to the vocabulary.
+) -> Tensor:
+    """Weighted sum of KL(teacher || student) and next-token loss, from one projection to the vocabulary.
 
         kl         = mean over t of  sum over v of p_t(v) (log p_t(v) - log q_t(v))
         next_token = mean over t < T - G of  -log q_t(y_(t+1))
@@ -87,102 +89,127 @@ def distribution_losses(
 
     Args:
         student_BTD: Final hidden states of the student; carries gradient.
-        target: The teacher.
+        target: The teacher; not looked at if the KL has no weight.
         token_ids_BT: The scored text itself; position t predicts token t + 1.
         logits: Projects final hidden states to logits.
-        with_kl: Whether to compute the first; else it is zero.
-        with_next_token: Whether to compute the second; else it is zero.
+        kl_weight: Of the first.
+        next_token_weight: Of the second.
         num_generated: G; the next-token loss does not score them.
 
     Returns:
-        Two tensors [B], float32, in nats.
+        [B], float32, in nats.
 
     Cost: logits are built once, for a piece of the text at a time.
     """
     num_streams, num_tokens, _ = student_BTD.shape
-    if not with_kl and not with_next_token:
-        return student_BTD.new_zeros(num_streams, dtype=torch.float32), student_BTD.new_zeros(
-            num_streams, dtype=torch.float32
-        )
-    next_ids_BT = torch.roll(token_ids_BT, -1, dims=1)  # the last position predicts nothing and is masked below
+    if not kl_weight and not next_token_weight:
+        return student_BTD.new_zeros(num_streams, dtype=torch.float32)
     num_scored = max(0, num_tokens - 1 - num_generated)
     scored_T = torch.arange(num_tokens, device=student_BTD.device) < num_scored
-    work = _Work(logits, target, next_ids_BT, scored_T, with_kl, with_next_token)
-    kl_B, nll_B = _DistributionLosses.apply(student_BTD, work)  # type: ignore[no-untyped-call]
-    return kl_B / num_tokens, nll_B / max(1, num_scored)
+    work = _Work(
+        logits=logits,
+        finals=target.finals if kl_weight else (),
+        next_ids_BT=torch.roll(token_ids_BT, -1, dims=1),  # the last position predicts nothing and weighs nothing
+        kl_weight_T=torch.full_like(scored_T, kl_weight / num_tokens, dtype=torch.float32),
+        nll_weight_T=scored_T * (next_token_weight / max(1, num_scored)),
+    )
+    return _DistributionLoss.apply(student_BTD, work)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What `distribution_losses` needs beside the student."""
+    """What `distribution_loss` needs beside the student."""
 
     logits: Logits
-    target: Target
+    finals: tuple[tuple[float, Tensor], ...]
     next_ids_BT: Tensor
-    scored_T: Tensor
-    with_kl: bool
-    with_next_token: bool
+    kl_weight_T: Tensor
+    nll_weight_T: Tensor
 
 
-class _DistributionLosses(torch.autograd.Function):
-    """Sums over positions of both losses, a piece of the text at a time.
+class _DistributionLoss(torch.autograd.Function):
+    """The loss, a piece of the text at a time.
 
-    The gradients with respect to the hidden states are taken along with the values, while a piece's logits exist:
-    they are [B, T, D], small beside the [B, T, V] that would have to be kept or computed again.
+    The gradient with respect to the hidden states is taken along with the value, while a piece's logits exist:
+    it is [B, T, D], small beside the [B, T, V] that would have to be kept or computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, student_BTD: Tensor, work: _Work) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, student_BTD: Tensor, work: _Work) -> Tensor:
         num_streams, num_tokens, _ = student_BTD.shape
-        totals = [torch.zeros(num_streams, device=student_BTD.device) for _ in range(2)]
-        gradients: list[list[Tensor]] = [[], []]
+        total_B = torch.zeros(num_streams, device=student_BTD.device)
+        gradients: list[Tensor] = []
         vocabulary = work.logits(student_BTD[:1, :1]).shape[-1]
-        piece_tokens = max(1, _LOGITS_AT_ONCE // (vocabulary * num_streams))
+        piece_tokens = max(1, LOGITS_AT_ONCE[student_BTD.device.type] // (vocabulary * num_streams))
         for start in range(0, num_tokens, piece_tokens):
             piece = slice(start, start + piece_tokens)
             hidden = student_BTD[:, piece].detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 student_logits = work.logits(hidden)
-            for which, (value, slope) in enumerate(_losses_and_slopes(student_logits.detach(), piece, work)):
-                totals[which] += value
-                if slope is not None and ctx.needs_input_grad[0]:
-                    slope = slope.to(student_logits.dtype)
-                    gradients[which] += torch.autograd.grad(student_logits, hidden, slope, retain_graph=which == 0)
-        ctx.save_for_backward(*(torch.cat(parts, dim=1) if parts else None for parts in gradients))
-        return totals[0], totals[1]
+            loss_BT, slope = _losses_and_slope(student_logits.detach(), piece, work)
+            total_B += loss_BT.sum(dim=1)
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(student_logits, hidden, slope)
+        ctx.save_for_backward(torch.cat(gradients, dim=1) if gradients else None)
+        return total_B
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
-        total = None
-        for factor_B, gradient_BTD in zip(upstream, ctx.saved_tensors, strict=True):
-            if gradient_BTD is not None:
-                part = factor_B.to(gradient_BTD.dtype)[:, None, None] * gradient_BTD
-                total = part if total is None else total + part
-        return total, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient_BTD,) = ctx.saved_tensors
+        return upstream[0].to(gradient_BTD.dtype)[:, None, None] * gradient_BTD, None
 
 
-def _losses_and_slopes(student_logits: Tensor, piece: slice, work: _Work) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """KL, then next-token loss, of a piece: the sums [B] and their derivatives by the student's logits."""
-    log_q = student_logits.float().log_softmax(dim=-1)
+def _losses_and_slope(student_logits: Tensor, piece: slice, work: _Work) -> tuple[Tensor, Tensor]:
+    """The loss of each position of a piece, and its derivative by the student's logits, which may be overwritten."""
+    shape = student_logits.shape[:2]
+    student_NV = student_logits.flatten(0, 1)
+    next_ids_N = work.next_ids_BT[:, piece].reshape(-1)
+    weights = [weight_T[piece].expand(shape).reshape(-1) for weight_T in (work.kl_weight_T, work.nll_weight_T)]
+    teachers = [(share, work.logits(final[:, piece]).flatten(0, 1)) for share, final in work.finals]
+    if kernels.usable(student_NV) and (not teachers or (len(teachers) == 1 and teachers[0][0] == 1.0)):
+        teacher_NV = teachers[0][1] if teachers else None
+        loss_N = kernels.weighted_losses(student_NV, teacher_NV, next_ids_N, *weights)
+        slope_NV = student_NV
+    else:
+        loss_N, slope_NV = weighted_losses(student_NV, teachers, next_ids_N, *weights)
+    return loss_N.view(shape), slope_NV.view_as(student_logits)
+
+
+def weighted_losses(
+    student_NV: Tensor,
+    teachers: Sequence[tuple[float, Tensor]],
+    next_ids_N: Tensor,
+    kl_weight_N: Tensor,
+    nll_weight_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute a KL + b (-log q(next)) per position, and its slope; the plain twin of `kernels.weighted_losses`.
+
+    Args:
+        student_NV: Logits of q.
+        teachers: Shares and logits whose averaged log-probabilities are those of p; none for no KL.
+        next_ids_N: The tokens that the next-token loss scores.
+        kl_weight_N: a, float32.
+        nll_weight_N: b, float32.
+
+    Returns:
+        The losses [N], float32, in nats, and their derivatives by the student's logits, in their type.
+    """
+    log_q = student_NV.float().log_softmax(dim=-1)
     q = log_q.exp()
-    nothing = log_q.new_zeros(log_q.shape[0])
-    if work.with_kl:
-        log_p = _teacher_log_probabilities(piece, work)
+    picked_N = log_q.gather(-1, next_ids_N[:, None])[:, 0]
+    loss_N = -nll_weight_N * picked_N
+    slope = q * nll_weight_N[:, None]
+    slope.scatter_add_(-1, next_ids_N[:, None], -nll_weight_N[:, None])
+    if teachers:
+        log_p = _teacher_log_probabilities(teachers)
         p = log_p.exp()
-        yield log_p.sub_(log_q).mul_(p).sum(dim=(1, 2)), q - p
-    else:
-        yield nothing, None
-    if work.with_next_token:
-        ids, scored = work.next_ids_BT[:, piece, None], work.scored_T[piece]
-        picked = log_q.gather(-1, ids)[..., 0]
-        q.scatter_add_(-1, ids, torch.full_like(picked, -1.0)[..., None])
-        yield -(picked * scored).sum(dim=1), q.mul_(scored[:, None])
-    else:
-        yield nothing, None
+        loss_N += kl_weight_N * log_p.sub_(log_q).mul_(p).sum(dim=-1)
+        slope += q.sub_(p).mul_(kl_weight_N[:, None])
+    return loss_N, slope.to(student_NV.dtype)
 
 
-def _teacher_log_probabilities(piece: slice, work: _Work) -> Tensor:
-    parts = [weight * work.logits(final[:, piece]).float().log_softmax(dim=-1) for weight, final in work.target.finals]
-    if len(parts) == 1 and work.target.finals[0][0] == 1.0:
+def _teacher_log_probabilities(teachers: Sequence[tuple[float, Tensor]]) -> Tensor:
+    parts = [share * logits.float().log_softmax(dim=-1) for share, logits in teachers]
+    if len(parts) == 1 and teachers[0][0] == 1.0:
         return parts[0]
     return torch.stack(parts).sum(dim=0).log_softmax(dim=-1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from absorber import ContextError, synchronization
-from absorber.synchronization import Target, distribution_losses, hidden_distance
+from absorber.synchronization import Target, distribution_loss, hidden_distance
 from reference import losses as twin
 
 B, T, D, V, LAYERS = 3, 7, 5, 11, 2
@@ -51,10 +51,19 @@ def problem(shares):
 
 @pytest.mark.parametrize("num_generated", [0, 2, T])
 @pytest.mark.parametrize("shares", [(1.0,), (0.25, 0.75)])
-def test_distribution_losses(shares, num_generated):
+def test_distribution_loss(shares, num_generated):
     logits, student_BTD, target, token_ids_BT = problem(shares)
-    kl_B, nll_B = distribution_losses(
-        student_BTD, target, token_ids_BT, logits, with_kl=True, with_next_token=True, num_generated=num_generated
+    kl_B, nll_B = (
+        distribution_loss(
+            student_BTD,
+            target,
+            token_ids_BT,
+            logits,
+            kl_weight=kl_weight,
+            next_token_weight=1 - kl_weight,
+            num_generated=num_generated,
+        )
+        for kl_weight in (1.0, 0.0)
     )
     (ours_kl,) = torch.autograd.grad(kl_B.sum(), student_BTD, retain_graph=True)
     (ours_nll,) = torch.autograd.grad(nll_B.sum(), student_BTD)
@@ -69,15 +78,16 @@ def test_distribution_losses(shares, num_generated):
             close(ours_nll[b], torch.autograd.grad(nll, student_TD)[0])
 
 
-@pytest.mark.parametrize(("with_kl", "with_next_token"), [(True, False), (False, True), (False, False)])
-def test_a_loss_that_is_not_wanted_is_zero(with_kl, with_next_token):
+@pytest.mark.parametrize(("kl_weight", "next_token_weight"), [(0.3, 1.0), (0.7, 0.0), (0.0, 0.7), (0.0, 0.0)])
+def test_the_losses_are_added_with_their_weights(kl_weight, next_token_weight):
     logits, student_BTD, target, token_ids_BT = problem((1.0,))
-    both = distribution_losses(student_BTD, target, token_ids_BT, logits, with_kl=True, with_next_token=True)
-    some = distribution_losses(
-        student_BTD, target, token_ids_BT, logits, with_kl=with_kl, with_next_token=with_next_token
-    )
-    for whole_B, part_B, wanted in zip(both, some, (with_kl, with_next_token), strict=True):
-        close(part_B, whole_B if wanted else torch.zeros(B))
+
+    def loss(kl_weight, next_token_weight):
+        return distribution_loss(
+            student_BTD, target, token_ids_BT, logits, kl_weight=kl_weight, next_token_weight=next_token_weight
+        )
+
+    close(loss(kl_weight, next_token_weight), kl_weight * loss(1.0, 0.0) + next_token_weight * loss(0.0, 1.0))
 
 
 @pytest.mark.parametrize("at_once", [1, 2 * B * V, 3 * B * V])
@@ -92,14 +102,14 @@ def test_pieces_change_nothing(monkeypatch, at_once):
         return logits_BTV
 
     def both():
-        losses = distribution_losses(
-            student_BTD, target, token_ids_BT, watched, with_kl=True, with_next_token=True, num_generated=2
+        loss_B = distribution_loss(
+            student_BTD, target, token_ids_BT, watched, kl_weight=1.0, next_token_weight=3.0, num_generated=2
         )
-        return [*losses, *torch.autograd.grad(losses[0].sum() + 3 * losses[1].sum(), student_BTD)]
+        return [loss_B, *torch.autograd.grad(loss_B.sum(), student_BTD)]
 
     whole = both()
     assert largest == B * T * V
-    monkeypatch.setattr(synchronization, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(synchronization.LOGITS_AT_ONCE, "cpu", at_once)
     largest = 0
     for piecewise, once in zip(both(), whole, strict=True):
         close(piecewise, once)

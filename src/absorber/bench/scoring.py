@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone, forward_states, untouched
-from absorber.synchronization import Target, distribution_losses
+from absorber.synchronization import Target, distribution_loss
 from absorber.teacher import with_sink
 
 
@@ -48,7 +48,7 @@ def passage_nll(backbone: Backbone, final_BPD: Tensor, passage_BP: Tensor) -> Te
     shifted_BT = torch.cat([passage_BP[:, :1], passage_BP], dim=1)
     padded_BTD = torch.cat([final_BPD, final_BPD[:, -1:]], dim=1)
     target = Target(layers=(), finals=())
-    return distribution_losses(padded_BTD, target, shifted_BT, backbone.logits, with_kl=False, with_next_token=True)[1]
+    return distribution_loss(padded_BTD, target, shifted_BT, backbone.logits, kl_weight=0, next_token_weight=1)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def passage_kl(backbone: Backbone, full_BPD: Tensor, other_BPD: Tensor) -> Tenso
     """Mean KL(full || other) of the predictions of a passage, [B], in nats; states from `predict_passage`."""
     ids_BP = torch.zeros(full_BPD.shape[:2], dtype=torch.long, device=full_BPD.device)
     target = Target(layers=(), finals=((1.0, full_BPD),))
-    return distribution_losses(other_BPD, target, ids_BP, backbone.logits, with_kl=True, with_next_token=False)[0]
+    return distribution_loss(other_BPD, target, ids_BP, backbone.logits, kl_weight=1, next_token_weight=0)
 
 
 def gap_closed(without: float, with_memory: float, full: float) -> float:

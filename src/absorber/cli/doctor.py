@@ -21,7 +21,7 @@ _FLOAT_BYTES = 4
 # Weights, gradients, AdamW's two moments, and the copy that a round is rolled back to.
 _ADAPTER_COPIES = 5
 # Logits, their logarithms and gradients, of student and teacher, in pieces (`synchronization`).
-_LOGITS_AT_ONCE, _LOGITS_COPIES = 2**25, 5
+_LOGITS_COPIES = 5
 
 
 def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto", json: JsonFlag = False) -> int:
@@ -170,12 +170,14 @@ def _shape(config: Any, *, num_bytes: int) -> _Shape:
 
 def _estimate(shape: _Shape, preset: Preset) -> dict[str, int]:
     """Bytes that a round takes, by part; rough, and said to be."""
+    from absorber.synchronization import LOGITS_AT_ONCE
+
     num_tokens = preset.stream.sync_tokens + 1
     parts = {
         "weights": shape.num_parameters * shape.num_bytes,
         "adapter": shape.projection_features * preset.absorb.rank * _FLOAT_BYTES * _ADAPTER_COPIES,
         "activations": num_tokens * shape.num_layers * (12 * shape.hidden + 4 * shape.intermediate) * shape.num_bytes
-        + min(_LOGITS_AT_ONCE, num_tokens * shape.vocabulary) * _FLOAT_BYTES * _LOGITS_COPIES,
+        + min(LOGITS_AT_ONCE["cuda"], num_tokens * shape.vocabulary) * _FLOAT_BYTES * _LOGITS_COPIES,
         "cache": preset.stream.window_tokens * shape.num_layers * shape.cache_features * shape.num_bytes,
     }
     return {**parts, "total": sum(parts.values())}

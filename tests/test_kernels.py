@@ -1,0 +1,57 @@
+"""Each kernel equals its plain twin; without a GPU they run in Triton's interpreter (tests/conftest.py)."""
+
+import pytest
+import torch
+
+from absorber import kernels
+from absorber.adapter import add_low_rank
+from absorber.synchronization import weighted_losses
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape, seed, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5, 2048, 5000])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_weighted_losses(with_teacher, vocabulary, dtype):
+    student, teacher = (random(6, vocabulary, seed=seed).to(dtype) for seed in (1, 2))
+    next_ids = torch.tensor([0, vocabulary - 1, 1, 2, 3, 4], device=DEVICE)
+    weights = [torch.tensor([0.3, 0.0, 0.3, 0.1, 0.2, 0.5]), torch.tensor([1.0, 1.0, 0.0, 0.2, 0.5, 0.1])]
+    weights = [weight.to(DEVICE) for weight in weights]
+    loss, slope = weighted_losses(student.clone(), [(1.0, teacher)] if with_teacher else [], next_ids, *weights)
+    overwritten = student.clone()
+    ours = kernels.weighted_losses(overwritten, teacher if with_teacher else None, next_ids, *weights)
+    torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(overwritten, slope, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 200), (200, 8), (64, 64)])
+@pytest.mark.parametrize("num_tokens", [1, 64, 130])
+def test_outer_products(num_tokens, rows, columns):
+    wide = random(3, num_tokens, rows + 7, seed=3)
+    p, q = wide[..., :rows], random(3, columns, num_tokens, seed=4).mT  # strides of their own
+    torch.testing.assert_close(kernels.outer_products(p, q), p.mT @ q, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_of_many_adapters(monkeypatch):
+    def run():
+        x, output = (random(4, 10, size, seed=5).requires_grad_() for size in (16, 24))
+        down, up = random(2, 8, 16, seed=6).requires_grad_(), random(2, 24, 8, seed=7).requires_grad_()
+        result = add_low_rank(output, x, down, up, scale=0.5)
+        return [result, *torch.autograd.grad(result.square().sum(), (output, x, down, up))]
+
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    plain = run()
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    for ours, twin in zip(run(), plain, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-1 if DEVICE == "cuda" else 1e-3)
+
+
+def test_a_cpu_runs_the_twins():
+    assert not kernels.usable(torch.zeros(1))
