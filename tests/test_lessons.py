@@ -26,7 +26,9 @@ def plan(config=CONFIG, **more):
     drawn, kinds = lessons(config, **more), []
     for step in range(config.max_steps + 1):
         lesson = drawn.of_step(step)
-        kinds.append("own" if lesson is drawn.own else "anchor" if lesson.is_anchor else int(lesson.context_BN[0, 0]))
+        kinds.append(
+            "own" if lesson is drawn.own else "anchor" if lesson.kind == "anchor" else int(lesson.context_BN[0, 0])
+        )
     return kinds
 
 

@@ -11,6 +11,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from absorber.adapter import Adapter, Snapshot, mean_update
 from absorber.backbone import Backbone, check_positions, forward_states, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
+from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Lesson, Lessons, Pair
 from absorber.synchronization import Target, distribution_loss, hidden_distance
 from absorber.teacher import hidden_layers, teach, with_sink
@@ -158,14 +160,19 @@ def _train(
         if lesson.target is None:
             lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
         pieces = lesson.pieces(0 if last else step)
-        with torch.set_grad_enabled(not last):
-            loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces)
+        if last:
+            with torch.no_grad():
+                loss_B = synchronization_loss(
+                    backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces
+                )
+        else:
+            loss_B = _gradients(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=pieces)
         own = lesson is lessons.own
         if own:
-            own_loss_B = loss_B.detach()
+            own_loss_B = loss_B
         if on_step is not None:
             on_step(step, own_loss_B)
-        running_B = _note(results, loss_B.detach(), running_B, config.threshold, own=own)
+        running_B = _note(results, loss_B, running_B, config.threshold, own=own)
         if step == 0 and not loss_B.isfinite().all():
             raise DivergedError(
                 f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
@@ -173,18 +180,62 @@ def _train(
             )
         if last or not running_B.any():
             break
-        _step(optimizer, adapter, loss_B, running_B, _learning_rate(step, config), config)
+        _step(optimizer, adapter, running_B, _learning_rate(step, config), config)
         for index in running_B.nonzero().flatten().tolist():
             results[index].num_steps += 1
+
+
+def _gradients(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    lesson: Lesson,
+    config: AbsorbConfig,
+    running_B: Tensor,
+    *,
+    sink_id: int | None,
+    segments: int,
+) -> Tensor:
+    """Losses [B] of the student, and in the weights' `grad` their gradients for the running streams."""
+    weights = adapter.parameters()
+    for weight in weights:
+        weight.grad = None
+    graphs = graphs_of(backbone, adapter)
+    target = lesson.target
+    if graphs is not None and target is not None and len(target.finals) <= 1 and config.update_penalty == "none":
+        num_layers, shares = len(target.layers), [share for share, _ in target.finals]
+
+        def compute(context_BN: Tensor, subsequent_BM: Tensor, *states: Tensor) -> Tensor:
+            finals = tuple(zip(shares, states[num_layers:], strict=True))
+            alike = dataclasses.replace(
+                lesson,
+                context_BN=context_BN,
+                subsequent_BM=subsequent_BM,
+                target=Target(layers=states[:num_layers], finals=finals),
+            )
+            with without_masks(backbone):
+                return synchronization_loss(
+                    backbone, adapter, before, alike, config, sink_id=sink_id, segments=segments
+                )
+
+        states = [*target.layers, *(final for _, final in target.finals)]
+        inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
+        key = (lesson.kind, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
+        loss_B = graphs.run(key, compute, inputs, running_B, weights)
+        if loss_B is not None:
+            return loss_B
+    loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
+    loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
+    return loss_B.detach()
 
 
 def _teach(
     backbone: Backbone, adapter: Adapter, before: Snapshot, lesson: Lesson, config: AbsorbConfig, *, sink_id: int | None
 ) -> Target:
     """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
-    if lesson.is_anchor:
+    if lesson.kind == "anchor":
         config = config.replace(teacher="base")
-    segments = lesson.pieces(0) if lesson.is_anchor else 1
+    segments = lesson.pieces(0) if lesson.isolated else 1
     now = None if config.teacher == "base" else adapter.snapshot()
     if now is not None:
         adapter.restore(before)
@@ -227,7 +278,7 @@ def synchronization_loss(
     input_ids_BT = with_sink(sink_id, pieces_BT)
     first = input_ids_BT.shape[1] - pieces_BT.shape[1]
     position_ids_BT = None
-    if config.positions == "teacher" and not lesson.is_anchor:  # whose teacher reads the same pieces
+    if config.positions == "teacher" and lesson.kind == "text":  # the others are read piece by piece
         ids_T = torch.arange(num_tokens, device=input_ids_BT.device) + first + lesson.context_BN.shape[1]
         ids_ST = ids_T.reshape(segments, -1)
         if first:  # the sink stays at 0, in teacher and student
@@ -237,11 +288,12 @@ def synchronization_loss(
         backbone,
         input_ids_BT,
         first=first,
-        layers=hidden_layers(backbone, config),
+        layers=hidden_layers(backbone, config) if lesson.kind != "reread" else (),
         position_ids_BT=position_ids_BT,
     ).rejoined(num_streams)
     loss_B = torch.zeros(num_streams, device=student.final_BTD.device)
-    if config.hidden_weight:
+    has_teacher = lesson.kind != "reread"
+    if config.hidden_weight and has_teacher:
         loss_B = loss_B + config.hidden_weight * hidden_distance(
             student.layers, target.layers, norm=config.norm, normalized=config.normalization == "teacher"
         )
@@ -251,7 +303,7 @@ def synchronization_loss(
             target,
             subsequent_BM,
             backbone.logits,
-            kl_weight=config.kl_weight,
+            kl_weight=config.kl_weight if has_teacher else 0.0,
             next_token_weight=config.next_token_weight,
             num_generated=lesson.num_generated,
         )
@@ -301,15 +353,12 @@ def _note(
 def _step(
     optimizer: torch.optim.Optimizer,
     adapter: Adapter,
-    loss_B: Tensor,
     running_B: Tensor,
     learning_rate: float,
     config: AbsorbConfig,
 ) -> None:
     """One optimizer step of the running streams; the others keep their weights."""
     weights = adapter.parameters()
-    optimizer.zero_grad(set_to_none=True)
-    loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
     if config.gradient_clip is not None:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])

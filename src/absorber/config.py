@@ -169,6 +169,13 @@ class AbsorbConfig(_Settings):
     """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them."""
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
+    study: Literal["off", "light", "full"] = "off"
+    """How the model studies a context, so that its facts are kept. light: it reads it again in short pieces and learns
+    them by heart."""
+    study_share: float = 0.5
+    """Share of the steps, anchors left out, that study, be it the round's own context or an earlier one."""
+    study_tokens: int = 32
+    """Tokens of a piece."""
     anchor_share: float = 0.2
     """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
     anchor_texts: int = 16
@@ -194,11 +201,11 @@ class AbsorbConfig(_Settings):
     def __post_init__(self) -> None:
         self._check_types()
         self._check_counts("max_steps", "rank", "anchor_texts")
-        self._check_counts("anchor_tokens", at_least=2)
+        self._check_counts("anchor_tokens", "study_tokens", at_least=2)
         self._check_counts("replay_rounds", at_least=0)
         self.check("adam_epsilon", 0 < self.adam_epsilon < math.inf, "above zero")
         self.check("segments", len(self.segments) > 0 and min(self.segments) >= 1, "a list of numbers from 1 up")
-        for name in ("replay_share", "anchor_share"):
+        for name in ("replay_share", "study_share", "anchor_share"):
             self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check_counts("warmup_steps", "seed", at_least=0)
         self.check("learning_rate", 0 < self.learning_rate < math.inf, "above zero")

@@ -166,7 +166,7 @@ if triton is not None:
             there = start + token[:, None] < num_tokens
             left = tl.load(p, mask=there & (row[None, :] < rows), other=0.0)
             right = tl.load(q, mask=there & (column[None, :] < columns), other=0.0)
-            total = tl.dot(tl.trans(left), right, total)
+            total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
             p += TOKENS * p_token
             q += TOKENS * q_token
         place = stream * rows * columns + row[:, None] * columns + column[None, :]

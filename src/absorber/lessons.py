@@ -1,7 +1,8 @@
-"""What the steps of a round train on: the round's own text, earlier ones again, and text that should not change.
+"""What the steps of a round train on: the round's own text, earlier ones again, study, and text that should not change.
 
 The paper trains on the round's own X and Y alone. Over many rounds that forgets what came before, and changes what the
-model says of other things; replay and anchors are against both (docs/method.md).
+model says of other things; replay and anchors are against both. And nothing in Y depends on the facts of X, so that
+they are lost; study is against that (docs/method.md).
 
 Shapes: B streams, N context tokens, M subsequent tokens.
 """
@@ -9,6 +10,7 @@ Shapes: B streams, N context tokens, M subsequent tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,24 +18,31 @@ from absorber.config import AbsorbConfig
 from absorber.synchronization import Target
 
 Pair = tuple[Tensor, Tensor]
+Kind = Literal["text", "reread", "written", "anchor"]
 
 
 @dataclass(slots=True, eq=False)
 class Lesson:
-    """One text that teacher and student are compared on."""
+    """One text that the student learns from."""
 
     context_BN: Tensor
     """X; no tokens for an anchor."""
     subsequent_BM: Tensor
-    """Y."""
+    """Y, or what stands in its place."""
     num_generated: int
     """How many of its last tokens a model wrote; the next-token term leaves them out."""
     segments: tuple[int, ...]
     """Into how many pieces the student's Y is cut, step by step in turn."""
-    is_anchor: bool = False
-    """Whether it is a text on which the model should stay as it is: the teacher is the base, and reads its pieces."""
+    kind: Kind = "text"
+    """text: Y follows X in the stream. reread: X again in pieces, learned by heart, with no teacher. written: pieces
+    that the model wrote about X. anchor: pieces on which the model should stay as it is; the teacher is the base."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the teacher, too, reads each piece as if there were no other."""
+        return self.kind in ("written", "anchor")
 
     def pieces(self, step: int) -> int:
         """Into how many pieces Y is cut in a step: at most so many as divide it evenly."""
@@ -65,8 +74,11 @@ class Lessons:
             lesson = own
             if anchor is not None and dice.random() < config.anchor_share:
                 lesson = anchor
-            elif earlier and dice.random() < config.replay_share:
-                lesson = dice.choice(earlier)
+            else:
+                if earlier and dice.random() < config.replay_share:
+                    lesson = dice.choice(earlier)
+                if config.study != "off" and dice.random() < config.study_share:
+                    lesson = _reread(lesson, config.study_tokens, dice)
             self._of_step.append(lesson)
         self._of_step.append(own)
 
@@ -81,7 +93,17 @@ def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
     chosen = dice.sample(range(num_texts), max(1, min(num_texts, own.subsequent_BM.shape[1] // num_tokens)))
     row = anchors[chosen].flatten().to(own.subsequent_BM.device)
     text_BM = row.expand(own.subsequent_BM.shape[0], -1)
-    return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), is_anchor=True)
+    return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), kind="anchor")
+
+
+def _reread(lesson: Lesson, piece_tokens: int, dice: random.Random) -> Lesson:
+    """The lesson's X in short pieces, cut elsewhere each time, so that any place may come to stand first."""
+    num_tokens = lesson.context_BN.shape[1]
+    piece_tokens = max(2, min(piece_tokens, num_tokens // 2))
+    first = dice.randrange(min(piece_tokens, num_tokens - piece_tokens + 1))
+    count = (num_tokens - first) // piece_tokens
+    text_BM = lesson.context_BN[:, first : first + count * piece_tokens]
+    return Lesson(text_BM[:, :0], text_BM, 0, (count,), kind="reread", target=Target(layers=(), finals=()))
 
 
 class Reservoir:

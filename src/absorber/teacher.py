@@ -56,13 +56,13 @@ def teach(
         subsequent_BM: Y.
         config: `teacher` chooses among base, memory and mixture.
         sink_id: Token before X, or None.
-        segments: Into how many pieces Y is cut, which are read one by one; only without X.
+        segments: Into how many pieces Y is cut, each read as if it alone followed X.
 
     Returns:
         Hidden states at the positions of Y. A mixture averages hidden states and log-probabilities.
     """
     pieces_BT = subsequent_BM.reshape(subsequent_BM.shape[0] * segments, -1)
-    input_ids_BT = with_sink(sink_id, pieces_BT if segments > 1 else torch.cat([context_BN, pieces_BT], dim=1))
+    input_ids_BT = with_sink(sink_id, torch.cat([context_BN.repeat_interleave(segments, dim=0), pieces_BT], dim=1))
     first = input_ids_BT.shape[1] - pieces_BT.shape[1]
     layers = hidden_layers(backbone, config)
 

@@ -216,7 +216,7 @@ def plan_of(own, replayed, anchors, config, round_number):
         lesson = lessons.of_step(step)
         if lesson is own:
             plan.append("own")
-        elif lesson.is_anchor:
+        elif lesson.kind == "anchor":
             plan.append("anchor")
             texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
         else:

@@ -1,0 +1,127 @@
+"""CUDA graphs of the student's step: recorded once per shape, replayed without launching its kernels one by one.
+
+A step over 24 short texts of a 135M model takes longer to launch than to compute. A graph has the shapes, the adapter's
+addresses and the settings frozen in it; its inputs are copied into tensors of its own before each replay.
+
+Where a step cannot be recorded it runs as usual: without CUDA, with a model outside `_RECORDABLE`, on a shape that is
+seen for the first time.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from absorber.adapter import Adapter
+from absorber.backbone import Backbone
+
+# Decoders that do nothing but causal attention and feed-forward, and so need no mask for texts without padding.
+_RECORDABLE = {"llama", "mistral", "qwen2", "qwen3"}
+_MASKLESS = "absorber_causal"
+
+Compute = Callable[..., Tensor]
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """One graph, with the tensors that it reads and writes."""
+
+    graph: Any
+    inputs: list[Tensor]
+    running_B: Tensor
+    loss_B: Tensor
+    gradients: list[Tensor]
+
+
+class StepGraphs:
+    """The graphs of one adapter."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._recorded: dict[Any, _Recorded | None] = {}
+        self._pool: Any = None
+
+    def run(
+        self, key: Any, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, weights: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Compute losses and leave their gradients in the weights' `grad`.
+
+        Args:
+            key: Whatever `compute` depends on beside the values of its inputs.
+            compute: Inputs to losses [B].
+            inputs: Tensors whose values may differ from call to call.
+            running_B: Which streams' losses count.
+            weights: The adapter's.
+
+        Returns:
+            The losses, without gradient; None on the first call with this key, which has to run as usual.
+        """
+        key = (key, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+        if key not in self._recorded:
+            self._recorded[key] = None  # kernels are chosen and compiled by a usual run
+            return None
+        found = self._recorded[key]
+        if found is None:
+            found = self._recorded[key] = self._record(compute, inputs, running_B, weights)
+        for mine, given in zip(found.inputs, inputs, strict=True):
+            mine.copy_(given)
+        found.running_B.copy_(running_B)
+        found.graph.replay()
+        for weight, gradient in zip(weights, found.gradients, strict=True):
+            weight.grad = gradient
+        return found.loss_B.clone()
+
+    def _record(
+        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, weights: Sequence[Tensor]
+    ) -> _Recorded:
+        own, running = [tensor.clone() for tensor in inputs], running_B.float()
+        for weight in weights:
+            weight.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            loss_B = compute(*own)
+            (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
+        self._pool = graph.pool()
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        return _Recorded(graph, own, running, loss_B.detach(), gradients)
+
+
+_graphs_of: "weakref.WeakKeyDictionary[Adapter, StepGraphs]" = weakref.WeakKeyDictionary()
+
+
+def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
+    """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
+    config = backbone.model.config
+    windows = [getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or [])]
+    if (
+        backbone.device.type != "cuda"
+        or config.model_type not in _RECORDABLE
+        or config._attn_implementation != "sdpa"
+        or any(window not in (None, "full_attention") for window in windows)
+    ):
+        return None
+    return _graphs_of.setdefault(adapter, StepGraphs())
+
+
+@contextlib.contextmanager
+def without_masks(backbone: Backbone) -> Iterator[None]:
+    """Let the model build no attention mask inside the `with` block.
+
+    It would look at values to see that it needs none, which a graph being recorded cannot, and then build one.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+    AttentionMaskInterface.register(_MASKLESS, lambda *args, **kwargs: None)
+    config = backbone.model.config
+    before = config._attn_implementation
+    config._attn_implementation = _MASKLESS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
