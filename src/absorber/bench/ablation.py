@@ -135,9 +135,7 @@ TABLES: dict[str, Table] = {
     "window": Table(
         asks="How many tokens should be absorbed at once (n), and on how many compared (m)? The names are n x m.",
         variants={
-            f"{n} x {m}": {"context_tokens": n, "sync_tokens": m}
-            for n in (256, 512, 1024)
-            for m in (512, 1024, 2048)
+            f"{n} x {m}": {"context_tokens": n, "sync_tokens": m} for n in (256, 512, 1024) for m in (512, 1024, 2048)
         },
         published=(Published(table=6, dataset="SAMSum", metrics=("accuracy",), values=_TABLE_6),),
     ),
@@ -162,7 +160,8 @@ TABLES: dict[str, Table] = {
         },
     ),
     "layers": Table(
-        asks="Which blocks need an adapter?", variants={"all": {}, **{name: {"adapted_layers": name} for name in LAYERS}}
+        asks="Which blocks need an adapter?",
+        variants={"all": {}, **{name: {"adapted_layers": name} for name in LAYERS}},
     ),
     "learning_rate": Table(
         asks="Which learning rate?",
