@@ -96,7 +96,8 @@ def _section(table: str, setting: str, variants: Mapping[str, Figures]) -> Secti
     rows = []
     for name in order:
         figures = variants[name]
-        cells = [f"{name} (default)" if _is_default(next(iter(figures.values()))) else name]
+        marked = name != "default" and _is_default(next(iter(figures.values())))
+        cells = [f"{name} (default)" if marked else name]
         cells += [gap(figures[f"{view}_gap_closed", None]) for view in _VIEWS]
         cells += [f"{figures[f'{view}_{metric}', None].value:.4f}" for metric in ("nll", "kl") for view in _VIEWS]
         drifts = [figures.get(("drift_nll", kind)) for kind in drift_kinds]
