@@ -25,7 +25,7 @@ def retention_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
         last = max(record.round for record in own)
         found = {(record.metric, record.config.get("drift_kind")): record for record in own if record.round == last}
         cells = [kind, method, str(last), f"{found['windowed_nll', None].value:.4f}"]
-        cells += [_gap(found[f"{view}_gap_closed", None]) for view in ("windowed", "contextless")]
+        cells += [gap(found[f"{view}_gap_closed", None]) for view in ("windowed", "contextless")]
         cells += [f"{found['drift_nll', other].value:+.4f}" for other in drift_kinds]
         rows.append(tuple(cells))
     return heads, rows
@@ -72,7 +72,8 @@ def _by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]
     return dict(groups)
 
 
-def _gap(record: Record) -> str:
+def gap(record: Record) -> str:
+    """Write a gap closed, with its interval, as people read it."""
     low, high = record.ci95_low, record.ci95_high
     interval = f" [{100 * low:.0f}, {100 * high:.0f}]" if low is not None and high is not None else ""
     return f"{100 * record.value:.0f} %{interval}" if record.value == record.value else "no gap"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
 class Retention:
     """The protocol's settings."""
 
+    name: ClassVar[str] = "retention"
+    """What its records call the task."""
     kind: Kind = "books"
     """What is streamed."""
     split: Split = "report"

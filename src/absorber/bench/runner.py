@@ -43,6 +43,7 @@ def run_retention(
     data_dir: Path,
     output: Path,
     listener: Listener | None = None,
+    labels: Mapping[str, dict[str, str]] | None = None,
 ) -> list[Record]:
     """Measure methods that the output file does not have yet.
 
@@ -54,6 +55,7 @@ def run_retention(
         data_dir: Folder with the data; see `data.documents`.
         output: File of records; those of a method are added when it is done.
         listener: Whom to tell.
+        labels: By method, where its settings stand in the tables of an ablation; its records say so.
 
     Returns:
         The records of all methods asked for, old and new.
@@ -61,7 +63,7 @@ def run_retention(
     Raises:
         BenchmarkError: If there is too little text, or the file is not one of records.
     """
-    listener = listener or Listener()
+    listener, labels = listener or Listener(), labels or {}
     backbone, sink_id = inspect(model), sink_token(model, tokenizer)
     facts = environment(backbone.device) | {"model": base_name(model), "dtype": str(model.dtype).removeprefix("torch.")}
     known: dict[str, list[Record]] = defaultdict(list)
@@ -80,7 +82,8 @@ def run_retention(
 
     reference: list[Checkpoint] | None = None
     for name, method in methods.items():
-        probe = _record(task, name, method.config(), facts, Checkpoint(0, {}, 0.0), "windowed_nll", [0.0], "nats", {})
+        label, blank = labels.get(name, {}), Checkpoint(0, {}, 0.0)
+        probe = _record(task, name, method.config(), facts, blank, "windowed_nll", [0.0], "nats", label)
         done = known.get(_identity(probe))
         if done:
             listener.say(f"{name}: already measured, in {output}")
@@ -99,6 +102,7 @@ def run_retention(
             listener.on_failure(name, error)
             continue
         records = to_records(task, name, method.config(), measured, reference, facts)
+        records = [dataclasses.replace(record, config=record.config | label) for record in records]
         append_records(output, records)
         listener.on_method(name, records)
         found += records
@@ -106,8 +110,10 @@ def run_retention(
 
 
 def _identity(record: Record) -> str:
-    config = {key: value for key, value in record.config.items() if key not in ("drift_kind",)}
-    return dataclasses.replace(record, config=config).key
+    """What was measured; the settings of an ablation are the same measurement whatever its tables call them."""
+    config = {key: value for key, value in record.config.items() if key not in ("drift_kind", "table", "variant")}
+    method = "" if "table" in record.config else record.method
+    return dataclasses.replace(record, config=config, method=method).key
 
 
 def to_records(
@@ -163,7 +169,7 @@ def _record(
     value, low, high = mean_interval(values)
     cuda = torch.cuda.is_available()
     return Record(
-        task="retention",
+        task=task.name,
         method=method,
         metric=metric,
         value=value,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
+from absorber.cli.bench_ablation import ablation, show_ablation
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
 from absorber.cli.options import JsonFlag, ModelFlag
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from absorber.bench.retention import Retention
 
 app = App(name="bench", help="Measure methods against each other.")
+app.command(ablation)
 
 
 @app.command
@@ -101,10 +103,13 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
     missing = [str(path) for path in files if not path.is_file()]
     if missing or not files:
         raise BenchmarkError(f"there is no file {', '.join(missing) or 'given'}; give files of records")
-    records = [record for path in files for record in read_records(path) if record.task == "retention"]
+    found = [record for path in files for record in read_records(path)]
+    records = [record for record in found if record.task == "retention"]
     if picture is not None:
         draw_retention(records, picture, kind=kind)
-    _show(report, records)
+    if records:
+        _show(report, records)
+    show_ablation(report, found)
     return 0
 
 
