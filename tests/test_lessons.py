@@ -7,18 +7,26 @@ import torch
 
 from absorber import PRESETS, AbsorbConfig, DivergedError
 from absorber.backbone import eos_tokens, inspect
-from absorber.lessons import Lesson, Lessons, Reservoir
+from absorber.lessons import Lesson, Lessons, Past, Reservoir
 from absorber.subsequent import write_from_nothing
 from architectures import ARCHITECTURES, build
 
 CONFIG = AbsorbConfig(rank=2, max_steps=16, replay_share=0.5, anchor_share=0.2, anchor_texts=6, anchor_tokens=10)
-PAIRS = [(torch.full((1, 4), number), torch.full((1, 6), number)) for number in range(5)]
+NOTHING = torch.zeros(1, 0, dtype=torch.long)
+PAIRS = [Past(torch.full((1, 4), number), torch.full((1, 6), number), NOTHING) for number in range(5)]
 ANCHORS = torch.arange(60).reshape(6, 10)
 
 
 def lessons(config=CONFIG, *, replayed=PAIRS, anchors=ANCHORS, round_number=1, length=24):
     own = Lesson(torch.ones(1, 8, dtype=torch.long), torch.arange(length)[None], 0, config.segments)
-    return Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
+    return Lessons(
+        own,
+        study_BS=torch.zeros(1, 0, dtype=torch.long),
+        past=replayed,
+        anchors=anchors,
+        config=config,
+        round_number=round_number,
+    )
 
 
 def plan(config=CONFIG, **more):
@@ -68,7 +76,15 @@ def test_the_shares():
 )
 def test_without_replay_and_anchors_every_step_is_on_the_rounds_own_text(config, replayed, anchors):
     for number in range(1, 20):
-        assert set(plan(config, replayed=replayed, anchors=anchors, round_number=number)) == {"own"}
+        assert set(
+            plan(
+                config,
+                study_BS=torch.zeros(1, 0, dtype=torch.long),
+                past=replayed,
+                anchors=anchors,
+                round_number=number,
+            )
+        ) == {"own"}
 
 
 def test_the_paper_preset_uses_none_of_it():

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from absorber.adapter import Adapter, Snapshot, mean_update
-from absorber.backbone import Backbone, check_positions, forward_states, untouched
+from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.graphs import graphs_of, without_masks
-from absorber.lessons import Lesson, Lessons, Pair
+from absorber.lessons import Lesson, Lessons, Past
 from absorber.synchronization import Target, distribution_loss, hidden_distance
-from absorber.teacher import hidden_layers, teach, with_sink
+from absorber.teacher import hidden_layers, teach
 
 Outcome = Literal["absorbed", "below_threshold", "rolled_back_worse", "rolled_back_nonfinite"]
 
@@ -63,7 +63,8 @@ def absorb_context(
     *,
     sink_id: int,
     num_generated: int = 0,
-    replayed: Sequence[Pair] = (),
+    study_BS: Tensor | None = None,
+    past: Sequence[Past] = (),
     anchors: Tensor | None = None,
     round_number: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
@@ -80,7 +81,8 @@ def absorb_context(
         sink_id: First token of teacher and student if `config.sink` is "shared".
         num_generated: How many of the last tokens of Y the model wrote itself. The next-token term leaves them
             out, for they tell nothing about the stream.
-        replayed: Pairs (X, Y) of earlier rounds, to train on again.
+        study_BS: Passages of X to be learned by heart, from `subsequent.choose_passages`.
+        past: Earlier rounds, to train on again.
         anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
         round_number: Decides together with the seed which step trains on what.
         optimizer: One from `new_optimizer`, to carry its state over rounds; a new one by default.
@@ -117,7 +119,14 @@ def absorb_context(
     try:
         with untouched(backbone.model), adapter.attached(backbone):
             own = Lesson(context_BN, subsequent_BM, num_generated, config.segments)
-            lessons = Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
+            lessons = Lessons(
+                own,
+                study_BS=context_BN[:, :0] if study_BS is None else study_BS,
+                past=past,
+                anchors=anchors,
+                config=config,
+                round_number=round_number,
+            )
             _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:

@@ -268,6 +268,13 @@ def forward_states(
     )
 
 
+def with_sink(sink_id: int | None, *parts: Tensor) -> Tensor:
+    """Join token ids [B, ...] along time, after one sink token if there is one."""
+    if sink_id is not None:
+        parts = (parts[0].new_full((parts[0].shape[0], 1), sink_id), *parts)
+    return torch.cat(parts, dim=1)
+
+
 def check_positions(backbone: Backbone, num_tokens: int) -> None:
     """Refuse an input that is longer than the model's positions.
 

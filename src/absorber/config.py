@@ -170,12 +170,14 @@ class AbsorbConfig(_Settings):
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
     study: Literal["off", "light", "full"] = "off"
-    """How the model studies a context, so that its facts are kept. light: it reads it again in short pieces and learns
-    them by heart."""
+    """How the model studies a context, so that its facts are kept. light: the passages that it expects least are
+    learned by heart."""
     study_share: float = 0.5
-    """Share of the steps, anchors left out, that study, be it the round's own context or an earlier one."""
-    study_tokens: int = 32
-    """Tokens of a piece."""
+    """Share of the steps, anchors left out, that study the round's own context or, where it replays, an earlier one."""
+    study_passages: int = 8
+    """How many passages of a context are studied."""
+    study_tokens: int = 24
+    """Tokens of each."""
     anchor_share: float = 0.2
     """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
     anchor_texts: int = 16
@@ -200,7 +202,7 @@ class AbsorbConfig(_Settings):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_counts("max_steps", "rank", "anchor_texts")
+        self._check_counts("max_steps", "rank", "study_passages", "anchor_texts")
         self._check_counts("anchor_tokens", "study_tokens", at_least=2)
         self._check_counts("replay_rounds", at_least=0)
         self.check("adam_epsilon", 0 < self.adam_epsilon < math.inf, "above zero")

@@ -111,12 +111,16 @@ if triton is not None:
         sum_s = tl.zeros((BLOCK,), tl.float32)
         high_t = tl.full((BLOCK,), -1e30, tl.float32)
         sum_t = tl.zeros((BLOCK,), tl.float32)
+        next_id = tl.load(next_ids + row)
+        # Gathered on the way: a load of its own could come after another warp's store of the slope.
+        picked = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
             s = tl.load(student + start + places, mask=inside, other=-1e30).to(tl.float32)
             higher = tl.maximum(high_s, s)
             sum_s = sum_s * tl.exp(high_s - higher) + tl.exp(s - higher)
             high_s = higher
+            picked += tl.where(start + places == next_id, s, 0.0)
             if HAS_TEACHER:
                 t = tl.load(teacher + start + places, mask=inside, other=-1e30).to(tl.float32)
                 higher = tl.maximum(high_t, t)
@@ -129,10 +133,9 @@ if triton is not None:
             top = tl.max(high_t, 0)
             log_sum_t = top + tl.log(tl.sum(sum_t * tl.exp(high_t - top), 0))
 
-        next_id = tl.load(next_ids + row)
         kl_weight = tl.load(kl_weights + row)
         nll_weight = tl.load(nll_weights + row)
-        loss = nll_weight * (log_sum_s - tl.load(student + next_id).to(tl.float32))
+        loss = nll_weight * (log_sum_s - tl.sum(picked, 0))
         kl = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary

@@ -12,12 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from absorber.config import AbsorbConfig
 from absorber.synchronization import Target
 
-Pair = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What is kept of an earlier round."""
+
+    context_BN: Tensor
+    """X."""
+    subsequent_BM: Tensor
+    """Y."""
+    study_BS: Tensor
+    """Passages of X that were studied, one after another; no tokens without study."""
+
+    def to(self, device: torch.device) -> "Past":
+        """Copy to a device."""
+        return Past(self.context_BN.to(device), self.subsequent_BM.to(device), self.study_BS.to(device))
+
+
 Kind = Literal["text", "reread", "written", "anchor"]
 
 
@@ -54,37 +71,56 @@ class Lessons:
     """The lessons of one round. Step 0 and the look after the last step are on the round's own text."""
 
     def __init__(
-        self, own: Lesson, *, replayed: Sequence[Pair], anchors: Tensor | None, config: AbsorbConfig, round_number: int
+        self,
+        own: Lesson,
+        *,
+        study_BS: Tensor,
+        past: Sequence[Past],
+        anchors: Tensor | None,
+        config: AbsorbConfig,
+        round_number: int,
     ) -> None:
         """Draw what each step is on; the same for all streams, and for the same seed and round.
 
         Args:
             own: The round's own text.
-            replayed: Earlier pairs (X, Y).
+            study_BS: Passages of it to be learned by heart.
+            past: Earlier rounds.
             anchors: Texts [Q, A] on which the model should stay as it is.
             config: Shares and seed.
             round_number: From 1.
         """
         dice = random.Random(f"{config.seed}/{round_number}")
         self.own = own
-        earlier = [Lesson(context, subsequent, 0, config.segments) for context, subsequent in replayed]
+        rounds = [(own, _study(study_BS, config))]
+        rounds += [
+            (Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments), _study(kept.study_BS, config))
+            for kept in past
+        ]
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
         self._of_step = [own]
         for _ in range(1, config.max_steps):
-            lesson = own
             if anchor is not None and dice.random() < config.anchor_share:
-                lesson = anchor
-            else:
-                if earlier and dice.random() < config.replay_share:
-                    lesson = dice.choice(earlier)
-                if config.study != "off" and dice.random() < config.study_share:
-                    lesson = _reread(lesson, config.study_tokens, dice)
-            self._of_step.append(lesson)
+                self._of_step.append(anchor)
+                continue
+            text, study = rounds[0]
+            if past and dice.random() < config.replay_share:
+                text, study = dice.choice(rounds[1:])
+            studies = study is not None and dice.random() < config.study_share
+            self._of_step.append(study if studies and study is not None else text)
         self._of_step.append(own)
 
     def of_step(self, step: int) -> Lesson:
         """The lesson of a step, from 0; of K, the look after the last."""
         return self._of_step[step]
+
+
+def _study(passages_BS: Tensor, config: AbsorbConfig) -> Lesson | None:
+    count = passages_BS.shape[1] // config.study_tokens
+    if not count:
+        return None
+    nothing = Target(layers=(), finals=())
+    return Lesson(passages_BS[:, :0], passages_BS, 0, (count,), kind="reread", target=nothing)
 
 
 def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
@@ -96,35 +132,25 @@ def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
     return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), kind="anchor")
 
 
-def _reread(lesson: Lesson, piece_tokens: int, dice: random.Random) -> Lesson:
-    """The lesson's X in short pieces, cut elsewhere each time, so that any place may come to stand first."""
-    num_tokens = lesson.context_BN.shape[1]
-    piece_tokens = max(2, min(piece_tokens, num_tokens // 2))
-    first = dice.randrange(min(piece_tokens, num_tokens - piece_tokens + 1))
-    count = (num_tokens - first) // piece_tokens
-    text_BM = lesson.context_BN[:, first : first + count * piece_tokens]
-    return Lesson(text_BM[:, :0], text_BM, 0, (count,), kind="reread", target=Target(layers=(), finals=()))
-
-
 class Reservoir:
     """A sample of the rounds so far, of constant size, each as likely as any other (Vitter's Algorithm R)."""
 
     def __init__(self, size: int, *, seed: int) -> None:
         """Begin with none."""
         self._size, self._seed = size, seed
-        self.pairs: list[Pair] = []
-        """At most `size` pairs (X, Y)."""
+        self.rounds: list[Past] = []
+        """At most `size` rounds."""
 
-    def add(self, pair: Pair, *, round_number: int) -> None:
+    def add(self, past: Past, *, round_number: int) -> None:
         """Take a round's text, or not.
 
         Args:
-            pair: X and Y.
+            past: What could be kept of it.
             round_number: From 1; decides together with the seed.
         """
-        if len(self.pairs) < self._size:
-            self.pairs.append(pair)
+        if len(self.rounds) < self._size:
+            self.rounds.append(past)
         elif self._size:
             place = random.Random(f"{self._seed}/reservoir/{round_number}").randrange(round_number)
             if place < self._size:
-                self.pairs[place] = pair
+                self.rounds[place] = past

@@ -12,7 +12,7 @@ from absorber.errors import MemoryFileError, SessionNotFoundError
 from absorber.memory import Memory
 from absorber.store import read_json, recover, whole_folder, write_json
 
-FORMAT = 1
+FORMAT = 2
 STATE = "session.json"
 _MEMORY = "memory"
 _OPTIMIZER = "optimizer.safetensors"
@@ -33,7 +33,7 @@ class SavedSession:
     sources: dict[str, int]
     """Tokens read of each named source."""
     replay_ids: list[list[list[int]]]
-    """Earlier rounds, each as X and Y."""
+    """Earlier rounds, each as X, Y and the passages studied."""
     anchor_ids: list[list[int]] | None
     """Texts on which the model should stay as it is, if they are written already."""
     random_state: Tensor
@@ -100,7 +100,10 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
             memory=memory,
             window_ids=_token_ids(content["window"], model),
             pending_ids=_token_ids(content["pending"], model),
-            replay_ids=[[_token_ids(part, model) for part in (x, y)] for x, y in content["replay"]],
+            replay_ids=[
+                [_token_ids(part, model) for part in (x, y, study[0] if study else [])]  # format 1 had no study
+                for x, y, *study in content["replay"]
+            ],
             anchor_ids=None if content["anchors"] is None else [_token_ids(row, model) for row in content["anchors"]],
             sources={str(name): int(count) for name, count in content["sources"].items()},
             random_state=torch.tensor(list(bytes.fromhex(content["random_state"])), dtype=torch.uint8),

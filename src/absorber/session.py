@@ -17,10 +17,11 @@ from absorber.backbone import eos_tokens, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
 from absorber.generation import Decoder, choose_token
+from absorber.lessons import Past
 from absorber.memory import Memory, Round
 from absorber.saved_session import Moments, SavedSession, is_session
 from absorber.stream import Stream
-from absorber.text import as_turn, cut
+from absorber.text import as_turn, cut, sentence_breaks
 
 # What the weights of a memory have been made with.
 _FIXED = ("rank", "alpha", "target_modules", "adapted_layers", "adapter_dtype", "sink")
@@ -108,6 +109,7 @@ class Session:
             config,
             stream,
             sink_id=memory.sink_id,
+            breaks_V=None if config.study == "off" else sentence_breaks(tokenizer, model),
             on_step=self._on_step,
             on_round=self._on_round,
         )
@@ -360,7 +362,10 @@ class Session:
                 memory=self.memory,
                 window_ids=self.window_ids,
                 pending_ids=self._stream.pending_BT[0].tolist(),
-                replay_ids=[[part[0].tolist() for part in pair] for pair in self._stream.reservoir.pairs],
+                replay_ids=[
+                    [part[0].tolist() for part in (past.context_BN, past.subsequent_BM, past.study_BS)]
+                    for past in self._stream.reservoir.rounds
+                ],
                 anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
                 sources=self._sources,
                 random_state=self._generator.get_state(),
@@ -392,7 +397,9 @@ class Session:
                 raise ValueError(f"its window has {len(saved.window_ids)} tokens")
             stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
             stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
-            stream.reservoir.pairs = [(torch.tensor([x]), torch.tensor([y])) for x, y in saved.replay_ids]
+            stream.reservoir.rounds = [
+                Past(*(torch.tensor([ids], dtype=torch.long) for ids in parts)) for parts in saved.replay_ids
+            ]
             stream.anchors = None if saved.anchor_ids is None else torch.tensor(saved.anchor_ids)
             session._sources = saved.sources
             session._generator.set_state(saved.random_state)

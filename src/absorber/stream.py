@@ -15,13 +15,12 @@ from torch import Tensor
 
 from absorber.absorption import absorb_context, new_optimizer
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, check_positions
+from absorber.backbone import Backbone, check_positions, with_sink
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ContextError
-from absorber.lessons import Reservoir
+from absorber.lessons import Past, Reservoir
 from absorber.memory import Round
-from absorber.subsequent import generate_subsequent, write_from_nothing
-from absorber.teacher import with_sink
+from absorber.subsequent import choose_passages, generate_subsequent, write_from_nothing
 
 OnStep = Callable[[int, Tensor], None]
 OnRound = Callable[[list[Round]], None]
@@ -38,6 +37,7 @@ class Stream:
         stream: StreamConfig,
         *,
         sink_id: int,
+        breaks_V: Tensor | None = None,
         on_step: OnStep | None = None,
         on_round: OnRound | None = None,
     ) -> None:
@@ -49,6 +49,7 @@ class Stream:
             config: How a context is absorbed.
             stream: n, m, and what to do at the end.
             sink_id: First token of teacher and student.
+            breaks_V: For each token of the vocabulary, whether a sentence may begin after it; for study.
             on_step: Called before each optimizer step with its number and the losses [B].
             on_round: Called after each round with one ledger line per stream.
 
@@ -57,7 +58,7 @@ class Stream:
         """
         check_positions(backbone, stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
-        self._sink_id = sink_id
+        self._sink_id, self._breaks_V = sink_id, breaks_V
         self._on_step, self._on_round = on_step, on_round
         self.optimizer = new_optimizer(adapter, config) if config.optimizer_state == "carry" else None
         self.window_BT = torch.zeros(adapter.num_streams, 0, dtype=torch.long)
@@ -131,6 +132,15 @@ class Stream:
             self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
+        study_BS = context_BN[:, :0]
+        if self._config.study != "off":
+            study_BS = choose_passages(
+                self._backbone,
+                context_BN.to(place),
+                self._config,
+                sink_id=self._sink_id,
+                breaks_V=self._breaks_V,
+            )
         results = absorb_context(
             self._backbone,
             self._adapter,
@@ -139,7 +149,8 @@ class Stream:
             self._config,
             sink_id=self._sink_id,
             num_generated=generated_BT.shape[1],
-            replayed=[(context.to(place), subsequent.to(place)) for context, subsequent in self.reservoir.pairs],
+            study_BS=study_BS.to(place),
+            past=[kept.to(place) for kept in self.reservoir.rounds],
             anchors=self.anchors,
             round_number=self.num_rounds + 1,
             optimizer=self.optimizer,
@@ -149,7 +160,7 @@ class Stream:
         self.window_BT = follows_BM
         self.num_rounds += 1
         if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
-            self.reservoir.add((context_BN, follows_BM), round_number=self.num_rounds)
+            self.reservoir.add(Past(context_BN, follows_BM, study_BS), round_number=self.num_rounds)
         if self._on_round is not None:
             self._on_round(
                 [

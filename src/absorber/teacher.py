@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, States, forward_states
+from absorber.backbone import Backbone, States, forward_states, with_sink
 from absorber.config import AbsorbConfig
 from absorber.synchronization import Target
 
@@ -27,13 +27,6 @@ def hidden_layers(backbone: Backbone, config: AbsorbConfig) -> tuple[int, ...]:
     layers = config.hidden_layers or tuple(range(num_layers + config.include_final_norm))
     config.check("hidden_layers", all(0 <= layer <= num_layers for layer in layers), f"between 0 and {num_layers}")
     return ((-1,) if config.include_embedding else ()) + layers
-
-
-def with_sink(sink_id: int | None, *parts: Tensor) -> Tensor:
-    """Join token ids [B, ...] along time, after one sink token if there is one."""
-    if sink_id is not None:
-        parts = (parts[0].new_full((parts[0].shape[0], 1), sink_id), *parts)
-    return torch.cat(parts, dim=1)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from absorber.bench.figures import draw_retention, retention_rows
 from absorber.bench.methods import METHODS, LoRA, method
 from absorber.bench.records import read_records
 from absorber.bench.retention import Retention, measure, prepare
-from absorber.bench.runner import Listener, run_retention
+from absorber.bench.runner import Listener, run_task
 from absorber.errors import AbsorptionError, BenchmarkError
 
 TASK = Retention(num_rounds=2, num_streams=2, context_tokens=16, sync_tokens=32, passage_tokens=16)
@@ -67,7 +67,7 @@ def test_too_little_text_is_an_error(tokenizer, data_dir, tmp_path):
 
 
 def test_full_attention_is_its_own_reference(model, tokenizer, data_dir):
-    texts = prepare(TASK, tokenizer, data_dir)
+    texts = prepare(TASK, model, tokenizer, data_dir)
     found = list(measure(TASK, method("full"), inspect(model), texts, sink_id=sink_token(model, tokenizer)))
     assert [checkpoint.round for checkpoint in found] == [1, 2]
     for checkpoint in found:
@@ -76,7 +76,7 @@ def test_full_attention_is_its_own_reference(model, tokenizer, data_dir):
 
 
 def test_truncation_reads_the_last_m_tokens(model, tokenizer, data_dir):
-    texts = prepare(TASK, tokenizer, data_dir)
+    texts = prepare(TASK, model, tokenizer, data_dir)
     sink = sink_token(model, tokenizer)
     found = list(measure(TASK, method("truncation"), inspect(model), texts, sink_id=sink))
     end = TASK.sync_tokens + TASK.context_tokens
@@ -101,9 +101,9 @@ def test_a_run_resumes_and_one_failure_does_not_end_it(model, tokenizer, data_di
         on_failure=lambda name, error: failed.append(name), on_method=lambda name, records: measured.append(name)
     )
     output = tmp_path / "records.jsonl"
-    first = run_retention(TASK, methods, model, tokenizer, data_dir=data_dir, output=output, listener=listener)
+    first = run_task(TASK, methods, model, tokenizer, data_dir=data_dir, output=output, listener=listener)
     assert (failed, measured) == (["bad"], ["truncation", "absorber"])
-    again = run_retention(TASK, methods, model, tokenizer, data_dir=data_dir, output=output, listener=listener)
+    again = run_task(TASK, methods, model, tokenizer, data_dir=data_dir, output=output, listener=listener)
     assert measured == ["truncation", "absorber"]
     assert repr(again) == repr(first) == repr(read_records(output))
     heads, rows = retention_rows(first)
@@ -117,7 +117,7 @@ def test_a_run_resumes_and_one_failure_does_not_end_it(model, tokenizer, data_di
 
 @pytest.mark.parametrize("name", [name for name, way in METHODS.items() if isinstance(way, LoRA)])
 def test_every_adapter_method_changes_what_is_said_and_leaves_the_model(name, model, tokenizer, data_dir):
-    texts = prepare(TASK, tokenizer, data_dir, drift_kinds=("code",))
+    texts = prepare(TASK, model, tokenizer, data_dir, drift_kinds=("code",))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sink = sink_token(model, tokenizer)
     own, none = (

@@ -17,7 +17,7 @@ from absorber.bench.data import Split
 from absorber.bench.methods import LoRA
 from absorber.bench.records import Record, append_records
 from absorber.bench.retention import DRIFT_KINDS, Retention
-from absorber.bench.runner import Listener, run_retention
+from absorber.bench.runner import Listener, run_task
 from absorber.config import PRESETS, AbsorbConfig
 from absorber.errors import ConfigError
 
@@ -325,7 +325,7 @@ def run_ablation(
     found: list[Record] = []
     for shared, same in wanted.items():
         methods = {places[0].name: LoRA(config) for config, places in same.items()}
-        records = run_retention(
+        records = run_task(
             shared,
             methods,
             model,

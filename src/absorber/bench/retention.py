@@ -7,6 +7,7 @@ Shapes: B streams, T tokens, P of the passage, D hidden.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from absorber.backbone import Backbone
 from absorber.bench.data import Kind, Split, documents, streams
 from absorber.bench.methods import Method, Reader, Setting
 from absorber.bench.methods.full import Full
+from absorber.bench.records import Record, gap_interval
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
+from absorber.bench.task import Checkpoint, to_record
 from absorber.config import StreamConfig
+from absorber.text import sentence_breaks
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
 
@@ -32,6 +36,8 @@ class Retention:
 
     name: ClassVar[str] = "retention"
     """What its records call the task."""
+    reference: ClassVar[str | None] = "truncation"
+    """Without memory; no gap can be computed without it."""
     kind: Kind = "books"
     """What is streamed."""
     split: Split = "report"
@@ -65,17 +71,26 @@ class Retention:
         del values["seed"]
         return values
 
+    def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> "Streams":
+        """See `prepare`."""
+        return prepare(self, model, tokenizer, data_dir)
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What was measured after a round, stream by stream."""
+    def measure(
+        self, method: Method, backbone: Backbone, texts: "Streams", *, sink_id: int, on_round: Callable[[int], None]
+    ) -> Iterator[Checkpoint]:
+        """See `measure`."""
+        return measure(self, method, backbone, texts, sink_id=sink_id, on_round=on_round)
 
-    round: int
-    """Rounds done."""
-    metrics: dict[str, list[float]]
-    """By name; `drift_nll/KIND` is the change of nll on unrelated text of a kind."""
-    seconds: float
-    """Wall time of reading and absorbing up to here."""
+    def to_records(
+        self,
+        method: str,
+        method_config: dict[str, Any],
+        measured: Sequence[Checkpoint],
+        reference: Sequence[Checkpoint],
+        facts: dict[str, Any],
+    ) -> list[Record]:
+        """See `to_records`."""
+        return to_records(self, method, method_config, measured, reference, facts)
 
 
 @dataclass(slots=True)
@@ -84,6 +99,8 @@ class Streams:
 
     token_ids_BT: Tensor
     """Everything that is read, and the last passage."""
+    breaks_V: Tensor
+    """For each token, whether a sentence may begin after it."""
     drift: dict[str, Tensor]
     """Unrelated passages [B, P] by kind, of the other half of the documents."""
     full_BPD: dict[int, Tensor] = field(default_factory=dict)
@@ -92,7 +109,9 @@ class Streams:
     """Without memory [B] by kind."""
 
 
-def prepare(task: Retention, tokenizer: Any, data_dir: Path, *, drift_kinds: Sequence[Kind] = DRIFT_KINDS) -> Streams:
+def prepare(
+    task: Retention, model: Any, tokenizer: Any, data_dir: Path, *, drift_kinds: Sequence[Kind] = DRIFT_KINDS
+) -> Streams:
     """Read and tokenize what a run needs.
 
     Raises:
@@ -107,6 +126,7 @@ def prepare(task: Retention, tokenizer: Any, data_dir: Path, *, drift_kinds: Seq
     other: Split = "choose" if task.split == "report" else "report"
     return Streams(
         token_ids_BT=cut(task.kind, task.split, length),
+        breaks_V=sentence_breaks(tokenizer, model),
         drift={kind: cut(kind, other, task.passage_tokens) for kind in drift_kinds},
     )
 
@@ -134,7 +154,12 @@ def measure(
         One checkpoint after another.
     """
     setting = Setting(
-        backbone=backbone, stream=task.stream, sink_id=sink_id, num_streams=task.num_streams, seed=task.seed
+        backbone=backbone,
+        stream=task.stream,
+        sink_id=sink_id,
+        num_streams=task.num_streams,
+        seed=task.seed,
+        breaks_V=texts.breaks_V,
     )
     reader = method.begin(setting)
     seconds = 0.0
@@ -187,3 +212,42 @@ def _score(
             nll_B = passage_nll(backbone, states(nothing_BT, unrelated_BP), unrelated_BP)
             found[f"drift_nll/{kind}"] = nll_B - texts.drift_nll[kind]
     return {name: value_B.tolist() for name, value_B in found.items()}
+
+
+def to_records(
+    task: Retention,
+    method: str,
+    method_config: dict[str, Any],
+    measured: Sequence[Checkpoint],
+    reference: Sequence[Checkpoint],
+    facts: dict[str, Any],
+) -> list[Record]:
+    """Write what a method measured as records.
+
+    Args:
+        task: The protocol's settings.
+        method: Its name.
+        method_config: Its settings.
+        measured: Its checkpoints.
+        reference: Those of `truncation` on the same streams: without memory.
+        facts: Model, device, dtype, versions, git.
+    """
+    records = []
+    without = {checkpoint.round: checkpoint.metrics for checkpoint in reference}
+
+    def add(checkpoint: Checkpoint, metric: str, values: Sequence[float], unit: str, **extra: Any) -> None:
+        records.append(to_record(task, method, method_config, facts, checkpoint, metric, values, unit, extra))
+
+    for checkpoint in measured:
+        for name, values in checkpoint.metrics.items():
+            metric, _, kind = name.partition("/")
+            if metric != "full_nll":
+                add(checkpoint, metric, values, "nats", **({"drift_kind": kind} if kind else {}))
+        for view in ("windowed", "contextless"):
+            none = without[checkpoint.round][f"{view}_nll"]
+            own, full = checkpoint.metrics[f"{view}_nll"], checkpoint.metrics["full_nll"]
+            value, low, high = gap_interval(none, own, full)
+            ends = {"ci95_low": low, "ci95_high": high} if math.isfinite(low) else {"ci95_low": None, "ci95_high": None}
+            add(checkpoint, f"{view}_gap_closed", own, "ratio")
+            records[-1] = dataclasses.replace(records[-1], value=value, per_sample=[], **ends)
+    return records

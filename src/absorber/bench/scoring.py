@@ -6,9 +6,8 @@ Shapes: B streams, T tokens of the prefix, P of the passage, D hidden.
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone, forward_states, untouched
+from absorber.backbone import Backbone, forward_states, untouched, with_sink
 from absorber.synchronization import Target, distribution_loss
-from absorber.teacher import with_sink
 
 
 @torch.no_grad()

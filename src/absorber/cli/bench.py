@@ -57,7 +57,7 @@ def retention(
     """
     report = Output(json_lines=json)
     from absorber.bench.methods import METHODS, LoRA, method
-    from absorber.bench.runner import Listener, run_retention
+    from absorber.bench.runner import Listener, run_task
 
     chosen = {name: method(name) for name in methods or METHODS}
     tables = _tables(config)
@@ -80,7 +80,7 @@ def retention(
         on_round=lambda name, number: report.event("progress", method=name, round=number, num_rounds=rounds),
         on_failure=on_failure,
     )
-    records = run_retention(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener)
+    records = run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener)
     _show(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

@@ -45,7 +45,13 @@ class LoRAReader(Reader):
         self.rounds: list[list[Round]] = []
         """The ledger: per round one line per stream."""
         self._stream = Stream(
-            setting.backbone, self.adapter, config, setting.stream, sink_id=setting.sink_id, on_round=self.rounds.append
+            setting.backbone,
+            self.adapter,
+            config,
+            setting.stream,
+            sink_id=setting.sink_id,
+            breaks_V=setting.breaks_V,
+            on_round=self.rounds.append,
         )
 
     def read(self, token_ids_BT: Tensor) -> None:

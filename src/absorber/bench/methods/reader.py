@@ -29,6 +29,8 @@ class Setting:
     """B."""
     seed: int
     """Of the method's randomness."""
+    breaks_V: Tensor | None = None
+    """For each token, whether a sentence may begin after it."""
 
 
 class Reader:
