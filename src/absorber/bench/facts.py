@@ -18,7 +18,8 @@ WORDINGS: tuple[Wording, ...] = ("text", "other")
 # fmt: off
 _PLACES = [
     "Ashcombe", "Birchwell", "Coldharbour", "Dunmere", "Eastlow", "Fernhill", "Gorsley", "Hexton", "Ivybridge",
-    "Kelmoor", "Longford", "Marwick", "Netherby", "Oakdale", "Pinmoor", "Ravenscar", "Stanmore", "Thornby", "Uplyme", "Westholm",
+    "Kelmoor", "Longford", "Marwick", "Netherby", "Oakdale", "Pinmoor", "Ravenscar", "Stanmore", "Thornby", "Uplyme",
+    "Westholm",
 ]
 _SHIPS = [
     "Seabird", "Halcyon", "Meteor", "Corsair", "Pelican", "Minerva", "Swallow", "Orion", "Dolphin", "Harrier", "Vesta",
