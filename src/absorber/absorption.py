@@ -165,7 +165,7 @@ def _train(
     running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
     for step in range(config.max_steps + 1):  # line 3; the last turn only looks
         last = step == config.max_steps
-        lesson = lessons.of_step(step)
+        lesson, study = lessons.of_step(step)
         if lesson.target is None:
             lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
         pieces = lesson.pieces(0 if last else step)
@@ -175,7 +175,9 @@ def _train(
                     backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces
                 )
         else:
-            loss_B = _gradients(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=pieces)
+            loss_B = _gradients(
+                backbone, adapter, before, lesson, study, config, running_B, sink_id=sink_id, segments=pieces
+            )
         own = lesson is lessons.own
         if own:
             own_loss_B = loss_B
@@ -199,43 +201,56 @@ def _gradients(
     adapter: Adapter,
     before: Snapshot,
     lesson: Lesson,
+    study: Lesson | None,
     config: AbsorbConfig,
     running_B: Tensor,
     *,
     sink_id: int | None,
     segments: int,
 ) -> Tensor:
-    """Losses [B] of the student, and in the weights' `grad` their gradients for the running streams."""
+    """Losses [B] on the lesson's text, and in the weights' `grad` the gradients for the running streams.
+
+    Study adds to the gradients, not to the losses that are returned.
+    """
     weights = adapter.parameters()
     for weight in weights:
         weight.grad = None
-    graphs = graphs_of(backbone, adapter)
-    target = lesson.target
+
+    def losses(text: Lesson, passages: Lesson | None) -> tuple[Tensor, Tensor]:
+        text_B = synchronization_loss(backbone, adapter, before, text, config, sink_id=sink_id, segments=segments)
+        if passages is None:
+            return text_B, text_B
+        study_B = synchronization_loss(
+            backbone, adapter, before, passages, config, sink_id=sink_id, segments=passages.pieces(0)
+        )
+        return text_B, text_B + config.study_weight * study_B
+
+    graphs, target = graphs_of(backbone, adapter), lesson.target
     if graphs is not None and target is not None and len(target.finals) <= 1 and config.update_penalty == "none":
         num_layers, shares = len(target.layers), [share for share, _ in target.finals]
 
-        def compute(context_BN: Tensor, subsequent_BM: Tensor, *states: Tensor) -> Tensor:
+        def compute(context_BN: Tensor, subsequent_BM: Tensor, passages_BS: Tensor, *states: Tensor) -> Any:
             finals = tuple(zip(shares, states[num_layers:], strict=True))
-            alike = dataclasses.replace(
+            text = dataclasses.replace(
                 lesson,
                 context_BN=context_BN,
                 subsequent_BM=subsequent_BM,
                 target=Target(layers=states[:num_layers], finals=finals),
             )
+            passages = None if study is None else dataclasses.replace(study, subsequent_BM=passages_BS)
             with without_masks(backbone):
-                return synchronization_loss(
-                    backbone, adapter, before, alike, config, sink_id=sink_id, segments=segments
-                )
+                return losses(text, passages)
 
+        passages_BS = lesson.context_BN[:, :0] if study is None else study.subsequent_BM
         states = [*target.layers, *(final for _, final in target.finals)]
-        inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
+        inputs = [lesson.context_BN, lesson.subsequent_BM, passages_BS, *states]
         key = (lesson.kind, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
         loss_B = graphs.run(key, compute, inputs, running_B, weights)
         if loss_B is not None:
             return loss_B
-    loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
-    loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
-    return loss_B.detach()
+    text_B, total_B = losses(lesson, study)
+    total_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
+    return text_B.detach()
 
 
 def _teach(
@@ -244,7 +259,7 @@ def _teach(
     """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
     if lesson.kind == "anchor":
         config = config.replace(teacher="base")
-    segments = lesson.pieces(0) if lesson.isolated else 1
+    segments = lesson.pieces(0) if lesson.kind == "anchor" else 1
     now = None if config.teacher == "base" else adapter.snapshot()
     if now is not None:
         adapter.restore(before)
@@ -297,11 +312,14 @@ def synchronization_loss(
         backbone,
         input_ids_BT,
         first=first,
-        layers=hidden_layers(backbone, config) if lesson.kind != "reread" else (),
+        layers=hidden_layers(backbone, config) if lesson.kind != "study" else (),
         position_ids_BT=position_ids_BT,
     ).rejoined(num_streams)
     loss_B = torch.zeros(num_streams, device=student.final_BTD.device)
-    has_teacher = lesson.kind != "reread"
+    has_teacher, scored_T = lesson.kind != "study", None
+    if not has_teacher:  # the first tokens of a passage are its cue
+        places_T = torch.arange(1, num_tokens + 1, device=input_ids_BT.device)
+        scored_T = places_T % (num_tokens // segments) >= config.study_cue
     if config.hidden_weight and has_teacher:
         loss_B = loss_B + config.hidden_weight * hidden_distance(
             student.layers, target.layers, norm=config.norm, normalized=config.normalization == "teacher"
@@ -315,6 +333,7 @@ def synchronization_loss(
             kl_weight=config.kl_weight if has_teacher else 0.0,
             next_token_weight=config.next_token_weight,
             num_generated=lesson.num_generated,
+            scored_T=scored_T,
         )
     if config.update_penalty != "none" and config.update_penalty_weight:
         loss_B = loss_B + config.update_penalty_weight * mean_update(adapter, before, config.update_penalty)

@@ -172,12 +172,15 @@ class AbsorbConfig(_Settings):
     study: Literal["off", "light", "full"] = "off"
     """How the model studies a context, so that its facts are kept. light: the passages that it expects least are
     learned by heart."""
-    study_share: float = 0.5
-    """Share of the steps, anchors left out, that study the round's own context or, where it replays, an earlier one."""
+    study_weight: float = 1.0
+    """Weight of the passages' next-token loss, in nats, beside the losses of each step."""
     study_passages: int = 8
     """How many passages of a context are studied."""
     study_tokens: int = 24
     """Tokens of each."""
+    study_cue: int = 6
+    """How many tokens at the beginning of a passage are given and not learned: nothing tells them from the sink alone,
+    and a model that learns them says them everywhere."""
     anchor_share: float = 0.2
     """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
     anchor_texts: int = 16
@@ -205,9 +208,11 @@ class AbsorbConfig(_Settings):
         self._check_counts("max_steps", "rank", "study_passages", "anchor_texts")
         self._check_counts("anchor_tokens", "study_tokens", at_least=2)
         self._check_counts("replay_rounds", at_least=0)
+        self._check_counts("study_cue")
+        self.check("study_cue", self.study_cue < self.study_tokens, f"less than study_tokens, {self.study_tokens}")
         self.check("adam_epsilon", 0 < self.adam_epsilon < math.inf, "above zero")
         self.check("segments", len(self.segments) > 0 and min(self.segments) >= 1, "a list of numbers from 1 up")
-        for name in ("replay_share", "study_share", "anchor_share"):
+        for name in ("replay_share", "anchor_share"):
             self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check_counts("warmup_steps", "seed", at_least=0)
         self.check("learning_rate", 0 < self.learning_rate < math.inf, "above zero")
@@ -216,7 +221,7 @@ class AbsorbConfig(_Settings):
         self.check("gradient_clip", self.gradient_clip is None or self.gradient_clip > 0, "above zero, or left out")
         self.check("teacher_mixture", 0 <= self.teacher_mixture <= 1, "between 0 and 1")
         self._check_not_negative(
-            "weight_decay", "hidden_weight", "kl_weight", "next_token_weight", "update_penalty_weight"
+            "weight_decay", "hidden_weight", "kl_weight", "next_token_weight", "study_weight", "update_penalty_weight"
         )
         for name in ("target_modules", "adapted_layers", "hidden_layers"):
             self.check(name, getattr(self, name) != (), "a list with at least one entry, or left out")

@@ -35,7 +35,7 @@ class Past:
         return Past(self.context_BN.to(device), self.subsequent_BM.to(device), self.study_BS.to(device))
 
 
-Kind = Literal["text", "reread", "written", "anchor"]
+Kind = Literal["text", "study", "anchor"]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,15 +51,10 @@ class Lesson:
     segments: tuple[int, ...]
     """Into how many pieces the student's Y is cut, step by step in turn."""
     kind: Kind = "text"
-    """text: Y follows X in the stream. reread: X again in pieces, learned by heart, with no teacher. written: pieces
-    that the model wrote about X. anchor: pieces on which the model should stay as it is; the teacher is the base."""
+    """text: Y follows X in the stream. study: passages of X as pieces, learned by heart, with no teacher. anchor:
+    pieces on which the model should stay as it is; the teacher, who is the base, reads them one by one as well."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
-
-    @property
-    def isolated(self) -> bool:
-        """Whether the teacher, too, reads each piece as if there were no other."""
-        return self.kind in ("written", "anchor")
 
     def pieces(self, step: int) -> int:
         """Into how many pieces Y is cut in a step: at most so many as divide it evenly."""
@@ -92,35 +87,33 @@ class Lessons:
         """
         dice = random.Random(f"{config.seed}/{round_number}")
         self.own = own
-        rounds = [(own, _study(study_BS, config))]
-        rounds += [
-            (Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments), _study(kept.study_BS, config))
-            for kept in past
-        ]
+        texts = [Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments) for kept in past]
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
-        self._of_step = [own]
-        for _ in range(1, config.max_steps):
-            if anchor is not None and dice.random() < config.anchor_share:
-                self._of_step.append(anchor)
-                continue
-            text, study = rounds[0]
-            if past and dice.random() < config.replay_share:
-                text, study = dice.choice(rounds[1:])
-            studies = study is not None and dice.random() < config.study_share
-            self._of_step.append(study if studies and study is not None else text)
-        self._of_step.append(own)
+        self._of_step: list[tuple[Lesson, Lesson | None]] = []
+        for step in range(config.max_steps):
+            text = own
+            if step and anchor is not None and dice.random() < config.anchor_share:
+                text = anchor
+            elif step and texts and dice.random() < config.replay_share:
+                text = dice.choice(texts)
+            passages_BS = study_BS
+            if past and study_BS.shape[1]:
+                passages_BS = torch.cat([study_BS, dice.choice(past).study_BS], dim=1)
+            self._of_step.append((text, _study(passages_BS, config)))
+        self._of_step.append((own, None))
 
-    def of_step(self, step: int) -> Lesson:
-        """The lesson of a step, from 0; of K, the look after the last."""
+    def of_step(self, step: int) -> tuple[Lesson, Lesson | None]:
+        """The text of a step, from 0, and what is studied beside it; of K, the look after the last."""
         return self._of_step[step]
 
 
 def _study(passages_BS: Tensor, config: AbsorbConfig) -> Lesson | None:
+    """The passages as pieces of one text, if there are any."""
     count = passages_BS.shape[1] // config.study_tokens
     if not count:
         return None
     nothing = Target(layers=(), finals=())
-    return Lesson(passages_BS[:, :0], passages_BS, 0, (count,), kind="reread", target=nothing)
+    return Lesson(passages_BS[:, :0], passages_BS, 0, (count,), kind="study", target=nothing)
 
 
 def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:

@@ -77,11 +77,12 @@ def distribution_loss(
     kl_weight: float,
     next_token_weight: float,
     num_generated: int = 0,
+    scored_T: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of KL(teacher || student) and next-token loss, from one projection to the vocabulary.
 
         kl         = mean over t of  sum over v of p_t(v) (log p_t(v) - log q_t(v))
-        next_token = mean over t < T - G of  -log q_t(y_(t+1))
+        next_token = mean over the scored t < T - G of  -log q_t(y_(t+1))
 
     The last G tokens are generated; log p is the (weighted average of the) teacher's log-probabilities, normalized,
     and q is the student. The KL is the paper's token-distribution objective (table 5, arXiv 2604.20915); the
@@ -95,6 +96,7 @@ def distribution_loss(
         kl_weight: Of the first.
         next_token_weight: Of the second.
         num_generated: G; the next-token loss does not score them.
+        scored_T: At which positions the next-token loss looks; None for all. The last one predicts nothing.
 
     Returns:
         [B], float32, in nats.
@@ -104,14 +106,14 @@ def distribution_loss(
     num_streams, num_tokens, _ = student_BTD.shape
     if not kl_weight and not next_token_weight:
         return student_BTD.new_zeros(num_streams, dtype=torch.float32)
-    num_scored = max(0, num_tokens - 1 - num_generated)
-    scored_T = torch.arange(num_tokens, device=student_BTD.device) < num_scored
+    known_T = torch.arange(num_tokens, device=student_BTD.device) < num_tokens - 1 - num_generated
+    scored_T = known_T if scored_T is None else known_T & scored_T
     work = _Work(
         logits=logits,
         finals=target.finals if kl_weight else (),
         next_ids_BT=torch.roll(token_ids_BT, -1, dims=1),  # the last position predicts nothing and weighs nothing
         kl_weight_T=torch.full_like(scored_T, kl_weight / num_tokens, dtype=torch.float32),
-        nll_weight_T=scored_T * (next_token_weight / max(1, num_scored)),
+        nll_weight_T=scored_T * (next_token_weight / scored_T.sum().clamp_min(1)),
     )
     return _DistributionLoss.apply(student_BTD, work)  # type: ignore[no-untyped-call, no-any-return]
 
