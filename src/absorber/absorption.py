@@ -225,7 +225,7 @@ def _gradients(
         )
         return text_B, text_B + config.study_weight * study_B
 
-    graphs, target = graphs_of(backbone, adapter), lesson.target
+    graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
     if graphs is not None and target is not None and len(target.finals) <= 1 and config.update_penalty == "none":
         num_layers, shares = len(target.layers), [share for share, _ in target.finals]
 

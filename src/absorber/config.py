@@ -137,6 +137,9 @@ class AbsorbConfig(_Settings):
     """Last part of the names of the projections that get an adapter. None: every linear projection of the blocks."""
     adapted_layers: tuple[int, ...] | None = None
     """Blocks that get an adapter, counted from 0. None: all."""
+    cuda_graphs: bool = False
+    """Record a step's forward and backward pass as a CUDA graph where model and device allow, and replay it. Quicker
+    for small models; not yet trusted together with study (notes/log.md)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the adapter's weights are trained; products run in the base model's type."""
 

@@ -8,6 +8,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,24 +127,35 @@ def streams(
 def _from_books(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], num_streams: int, num_tokens: int, dice: random.Random
 ) -> list[list[int]]:
+    """Streams at places spread evenly over each book: as many of every book, or more of the long ones if need be."""
     order = list(pairs)
     dice.shuffle(order)
-    # About six characters a token at most; a book too short for its streams is left out.
-    rows: list[list[int]] = []
-    per_book = -(-num_streams // len(order))
-    for _, text in order:
-        for part in range(per_book):
-            begin = int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * part / per_book))
-            begin = text.find("\n", begin) + 1
-            end = int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * (part + 1) / per_book))
-            token_ids = _tokens(tokenizer, text[begin:end], num_tokens)
-            if len(token_ids) == num_tokens and len(rows) < num_streams:
-                rows.append(token_ids)
-    if len(rows) < num_streams:
+    rows: list[list[list[int]]] = [[] for _ in order]
+    full = [False] * len(order)
+    while sum(map(len, rows)) < num_streams and not all(full):
+        # One more of each book in turn, until there are enough; a book that cannot hold one more has all it can hold.
+        wanted = min(len(own) for own, is_full in zip(rows, full, strict=True) if not is_full) + 1
+        for index, (_, text) in enumerate(order):
+            if not full[index] and sum(map(len, rows)) < num_streams:
+                found = _spread(tokenizer, text, wanted, num_tokens)
+                full[index] = len(found) < wanted
+                rows[index] = rows[index] if full[index] else found
+    if sum(map(len, rows)) < num_streams:
         raise BenchmarkError(
-            f"{len(order)} books hold only {len(rows)} streams of {num_tokens} tokens; {num_streams} are wanted. Give "
-            "more books, fewer streams or fewer rounds"
+            f"{len(order)} books hold only {sum(map(len, rows))} streams of {num_tokens} tokens; {num_streams} are "
+            "wanted. Give more books, fewer streams or fewer rounds"
         )
+    return [row for own in rows for row in own]
+
+
+def _spread(tokenizer: Any, text: str, count: int, num_tokens: int) -> list[list[int]]:
+    """As many streams of a book as fit, up to a number: one from each of so many equal parts."""
+    rows = []
+    ends = [int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * part / count)) for part in range(count + 1)]
+    for begin, end in pairwise(ends):
+        token_ids = _tokens(tokenizer, text[text.find("\n", begin) + 1 : end], num_tokens)
+        if len(token_ids) == num_tokens:
+            rows.append(token_ids)
     return rows
 
 
