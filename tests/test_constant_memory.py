@@ -45,10 +45,10 @@ def stream_fifty_windows(model, tokenizer, after_window=lambda number: None):
                 resident_bytes(),
             )
         )
-        assert len(session._stream.reservoir.pairs) <= CONFIG.replay_rounds
+        assert len(session._stream.reservoir.rounds) <= CONFIG.replay_rounds
         assert session._stream.anchors.shape == (4, 16)
     assert min(CONFIG.replay_share, CONFIG.anchor_share) > 0
-    assert len(session._stream.reservoir.pairs) == CONFIG.replay_rounds
+    assert len(session._stream.reservoir.rounds) == CONFIG.replay_rounds
     assert session.memory.num_rounds >= 98
     assert session.memory.num_tokens >= 49 * WINDOW
     return held

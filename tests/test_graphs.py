@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-import absorber.absorption
+import absorber.student
 from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
+from absorber.lessons import Past
 from architectures import build
 
-CONFIG = AbsorbConfig(rank=4, max_steps=12, learning_rate=1e-3, study="light", study_tokens=8, rollback="nonfinite")
+CONFIG = AbsorbConfig(
+    cuda_graphs=True, rank=4, max_steps=12, learning_rate=1e-3, study="light", study_tokens=8, rollback="nonfinite"
+)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -32,7 +35,7 @@ def test_without_masks_the_model_reads_the_same_and_is_put_back(backbone):
 
 def rounds(backbone):
     adapter, losses = Adapter.fresh(backbone, CONFIG, num_streams=3), []
-    pairs = []
+    past = []
     generator = torch.Generator().manual_seed(0)
     for number in range(1, 4):
         draw = lambda length: torch.randint(0, 90, (3, length), generator=generator).to(backbone.device)  # noqa: E731
@@ -45,11 +48,12 @@ def rounds(backbone):
             subsequent,
             CONFIG,
             sink_id=0,
-            replayed=pairs,
+            study_BS=context[:, :16],
+            past=past,
             anchors=anchors,
             round_number=number,
         )
-        pairs.append((context, subsequent))
+        past.append(Past(context, subsequent, context[:, :16]))
         losses.append(torch.tensor([result.losses for result in results]))
     return losses
 
@@ -58,6 +62,6 @@ def rounds(backbone):
 def test_a_recorded_round_goes_as_a_usual_one(monkeypatch):
     backbone = inspect(build("llama").to("cuda"))
     recorded = rounds(backbone)
-    monkeypatch.setattr(absorber.absorption, "graphs_of", lambda *args: None)
+    monkeypatch.setattr(absorber.student, "graphs_of", lambda *args: None)
     for ours, usual in zip(recorded, rounds(backbone), strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-3, atol=1e-3)

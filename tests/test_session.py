@@ -255,8 +255,8 @@ def test_saving_and_resuming_in_between_changes_nothing(
     assert session.window_ids == whole.window_ids
     assert session.num_tokens == whole.num_tokens
     assert session.source_tokens("part 25") == 25
-    assert len(whole._stream.reservoir.pairs) == 3
-    for ours, theirs in zip(session._stream.reservoir.pairs, whole._stream.reservoir.pairs, strict=True):
+    assert len(whole._stream.reservoir.rounds) == 3
+    for ours, theirs in zip(session._stream.reservoir.rounds, whole._stream.reservoir.rounds, strict=True):
         assert all(map(torch.equal, ours, theirs))
     assert torch.equal(session._stream.anchors, whole._stream.anchors)
     assert same(session.memory, whole.memory)

@@ -46,7 +46,7 @@ class Absorbed:
             raise Interrupted
         self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
         self.num_generated.append(kwargs["num_generated"])
-        self.given.append((kwargs["replayed"], kwargs["anchors"]))
+        self.given.append((kwargs["past"], kwargs["anchors"]))
         self.numbers.append(kwargs["round_number"])
         return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
 
@@ -194,8 +194,8 @@ def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, ba
     assert stream.num_rounds == 5
     assert torch.equal(stream.window_BT, undisturbed.window_BT)
     assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
-    kept, expected = ([part for pair in each.reservoir.pairs for part in pair] for each in (stream, undisturbed))
-    assert len(kept) == 2 * config.replay_rounds
+    kept, expected = ([part for past in each.reservoir.rounds for part in past] for each in (stream, undisturbed))
+    assert len(kept) == 3 * config.replay_rounds
     assert all(map(torch.equal, kept, expected))
 
 
@@ -211,7 +211,7 @@ def test_a_batch_of_streams_is_as_many_single_ones(model):
         single = make(backbone, (6, 9), config=ALL)
         single.append(token_ids[row : row + 1])
         assert torch.equal(single.anchors, batch.anchors)
-        for ours, alone in zip(batch.reservoir.pairs, single.reservoir.pairs, strict=True):
+        for ours, alone in zip(batch.reservoir.rounds, single.reservoir.rounds, strict=True):
             assert all(torch.equal(part[row : row + 1], own) for part, own in zip(ours, alone, strict=True))
         for ours, alone in zip(batch._adapter.parameters(), single._adapter.parameters(), strict=True):
             torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-5)
@@ -226,8 +226,8 @@ def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
     stream.append(tokens(50))
     stream.flush(eos_ids={0}, generator=torch.Generator())
     real = [(x[0], [token for token in y[0] if token != 7]) for x, y in absorbed.rounds]
-    for number, (replayed, anchors) in enumerate(absorbed.given):
-        pairs = [(x[0].tolist(), y[0].tolist()) for x, y in replayed]
+    for number, (past, anchors) in enumerate(absorbed.given):
+        pairs = [(x[0].tolist(), y[0].tolist()) for x, y, _ in past]
         assert len(pairs) == min(number, 2)
         assert all(pair in real[:number] for pair in pairs)
         assert torch.equal(anchors, write_from_nothing(backbone, ALL, sink_id=0))
@@ -235,7 +235,7 @@ def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
     plain = Absorbed()
     monkeypatch.setattr(absorber.stream, "absorb_context", plain)
     make(backbone, (6, 9)).append(tokens(50))
-    assert all(replayed == [] and anchors is None for replayed, anchors in plain.given)
+    assert all(past == [] and anchors is None for past, anchors in plain.given)
 
 
 @pytest.mark.parametrize("teacher", ["base", "memory"])

@@ -11,7 +11,6 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from absorber.adapter import Adapter, Snapshot, mean_update
-from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
+from absorber.adapter import Adapter, Snapshot
+from absorber.backbone import Backbone, check_positions, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
-from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Lesson, Lessons, Past
-from absorber.synchronization import Target, distribution_loss, hidden_distance
-from absorber.teacher import hidden_layers, teach
+from absorber.student import gradients, synchronization_loss
+from absorber.synchronization import Target
+from absorber.teacher import teach
 
 Outcome = Literal["absorbed", "below_threshold", "rolled_back_worse", "rolled_back_nonfinite"]
 
@@ -165,7 +164,7 @@ def _train(
     running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
     for step in range(config.max_steps + 1):  # line 3; the last turn only looks
         last = step == config.max_steps
-        lesson, study = lessons.of_step(step)
+        lesson, passages_BS = lessons.of_step(step)
         if lesson.target is None:
             lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
         pieces = lesson.pieces(0 if last else step)
@@ -175,8 +174,8 @@ def _train(
                     backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces
                 )
         else:
-            loss_B = _gradients(
-                backbone, adapter, before, lesson, study, config, running_B, sink_id=sink_id, segments=pieces
+            loss_B = gradients(
+                backbone, adapter, before, lesson, passages_BS, config, running_B, sink_id=sink_id, segments=pieces
             )
         own = lesson is lessons.own
         if own:
@@ -196,70 +195,13 @@ def _train(
             results[index].num_steps += 1
 
 
-def _gradients(
-    backbone: Backbone,
-    adapter: Adapter,
-    before: Snapshot,
-    lesson: Lesson,
-    study: Lesson | None,
-    config: AbsorbConfig,
-    running_B: Tensor,
-    *,
-    sink_id: int | None,
-    segments: int,
-) -> Tensor:
-    """Losses [B] on the lesson's text, and in the weights' `grad` the gradients for the running streams.
-
-    Study adds to the gradients, not to the losses that are returned.
-    """
-    weights = adapter.parameters()
-    for weight in weights:
-        weight.grad = None
-
-    def losses(text: Lesson, passages: Lesson | None) -> tuple[Tensor, Tensor]:
-        text_B = synchronization_loss(backbone, adapter, before, text, config, sink_id=sink_id, segments=segments)
-        if passages is None:
-            return text_B, text_B
-        study_B = synchronization_loss(
-            backbone, adapter, before, passages, config, sink_id=sink_id, segments=passages.pieces(0)
-        )
-        return text_B, text_B + config.study_weight * study_B
-
-    graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
-    if graphs is not None and target is not None and len(target.finals) <= 1 and config.update_penalty == "none":
-        num_layers, shares = len(target.layers), [share for share, _ in target.finals]
-
-        def compute(context_BN: Tensor, subsequent_BM: Tensor, passages_BS: Tensor, *states: Tensor) -> Any:
-            finals = tuple(zip(shares, states[num_layers:], strict=True))
-            text = dataclasses.replace(
-                lesson,
-                context_BN=context_BN,
-                subsequent_BM=subsequent_BM,
-                target=Target(layers=states[:num_layers], finals=finals),
-            )
-            passages = None if study is None else dataclasses.replace(study, subsequent_BM=passages_BS)
-            with without_masks(backbone):
-                return losses(text, passages)
-
-        passages_BS = lesson.context_BN[:, :0] if study is None else study.subsequent_BM
-        states = [*target.layers, *(final for _, final in target.finals)]
-        inputs = [lesson.context_BN, lesson.subsequent_BM, passages_BS, *states]
-        key = (lesson.kind, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
-        loss_B = graphs.run(key, compute, inputs, running_B, weights)
-        if loss_B is not None:
-            return loss_B
-    text_B, total_B = losses(lesson, study)
-    total_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
-    return text_B.detach()
-
-
 def _teach(
     backbone: Backbone, adapter: Adapter, before: Snapshot, lesson: Lesson, config: AbsorbConfig, *, sink_id: int | None
 ) -> Target:
     """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
-    if lesson.kind == "anchor":
+    if lesson.is_anchor:
         config = config.replace(teacher="base")
-    segments = lesson.pieces(0) if lesson.kind == "anchor" else 1
+    segments = lesson.pieces(0) if lesson.is_anchor else 1
     now = None if config.teacher == "base" else adapter.snapshot()
     if now is not None:
         adapter.restore(before)
@@ -268,76 +210,6 @@ def _teach(
     if now is not None:
         adapter.restore(now)
     return target
-
-
-def synchronization_loss(
-    backbone: Backbone,
-    adapter: Adapter,
-    before: Snapshot,
-    lesson: Lesson,
-    config: AbsorbConfig,
-    *,
-    sink_id: int | None,
-    segments: int = 1,
-) -> Tensor:
-    """Run the student over Y alone and measure its distance to the teacher. Equation (6), arXiv 2604.20915.
-
-    Args:
-        backbone: The model, with `adapter` attached.
-        adapter: The memory that is trained.
-        before: Its weights at the beginning of the round, for the update penalty.
-        lesson: X, Y and what the teacher says of Y.
-        config: Losses and their weights.
-        sink_id: First token of the student, or None.
-        segments: Into how many pieces, read one by one, Y is cut.
-
-    Returns:
-        [B], float32: the weighted sum of hidden-state distance, KL, next-token loss and update penalty.
-    """
-    target, subsequent_BM = lesson.target, lesson.subsequent_BM
-    if target is None:
-        raise ContextError("the lesson has no target; run the teacher first")
-    num_streams, num_tokens = subsequent_BM.shape
-    pieces_BT = subsequent_BM.reshape(num_streams * segments, num_tokens // segments)
-    input_ids_BT = with_sink(sink_id, pieces_BT)
-    first = input_ids_BT.shape[1] - pieces_BT.shape[1]
-    position_ids_BT = None
-    if config.positions == "teacher" and lesson.kind == "text":  # the others are read piece by piece
-        ids_T = torch.arange(num_tokens, device=input_ids_BT.device) + first + lesson.context_BN.shape[1]
-        ids_ST = ids_T.reshape(segments, -1)
-        if first:  # the sink stays at 0, in teacher and student
-            ids_ST = torch.cat([torch.zeros_like(ids_ST[:, :1]), ids_ST], dim=1)
-        position_ids_BT = ids_ST.repeat(num_streams, 1)
-    student = forward_states(
-        backbone,
-        input_ids_BT,
-        first=first,
-        layers=hidden_layers(backbone, config) if lesson.kind != "study" else (),
-        position_ids_BT=position_ids_BT,
-    ).rejoined(num_streams)
-    loss_B = torch.zeros(num_streams, device=student.final_BTD.device)
-    has_teacher, scored_T = lesson.kind != "study", None
-    if not has_teacher:  # the first tokens of a passage are its cue
-        places_T = torch.arange(1, num_tokens + 1, device=input_ids_BT.device)
-        scored_T = places_T % (num_tokens // segments) >= config.study_cue
-    if config.hidden_weight and has_teacher:
-        loss_B = loss_B + config.hidden_weight * hidden_distance(
-            student.layers, target.layers, norm=config.norm, normalized=config.normalization == "teacher"
-        )
-    if config.kl_weight or config.next_token_weight:
-        loss_B = loss_B + distribution_loss(
-            student.final_BTD,
-            target,
-            subsequent_BM,
-            backbone.logits,
-            kl_weight=config.kl_weight if has_teacher else 0.0,
-            next_token_weight=config.next_token_weight,
-            num_generated=lesson.num_generated,
-            scored_T=scored_T,
-        )
-    if config.update_penalty != "none" and config.update_penalty_weight:
-        loss_B = loss_B + config.update_penalty_weight * mean_update(adapter, before, config.update_penalty)
-    return loss_B
 
 
 def new_optimizer(adapter: Adapter, config: AbsorbConfig) -> torch.optim.Optimizer:

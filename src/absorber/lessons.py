@@ -10,7 +10,7 @@ Shapes: B streams, N context tokens, M subsequent tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from absorber.config import AbsorbConfig
 from absorber.synchronization import Target
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
+class Past(NamedTuple):
     """What is kept of an earlier round."""
 
     context_BN: Tensor
@@ -32,10 +31,7 @@ class Past:
 
     def to(self, device: torch.device) -> "Past":
         """Copy to a device."""
-        return Past(self.context_BN.to(device), self.subsequent_BM.to(device), self.study_BS.to(device))
-
-
-Kind = Literal["text", "study", "anchor"]
+        return Past(*(part.to(device) for part in self))
 
 
 @dataclass(slots=True, eq=False)
@@ -50,9 +46,8 @@ class Lesson:
     """How many of its last tokens a model wrote; the next-token term leaves them out."""
     segments: tuple[int, ...]
     """Into how many pieces the student's Y is cut, step by step in turn."""
-    kind: Kind = "text"
-    """text: Y follows X in the stream. study: passages of X as pieces, learned by heart, with no teacher. anchor:
-    pieces on which the model should stay as it is; the teacher, who is the base, reads them one by one as well."""
+    is_anchor: bool = False
+    """Whether it is a text on which the model should stay as it is: the teacher is the base, and reads its pieces."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
 
@@ -89,7 +84,7 @@ class Lessons:
         self.own = own
         texts = [Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments) for kept in past]
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
-        self._of_step: list[tuple[Lesson, Lesson | None]] = []
+        self._of_step: list[tuple[Lesson, Tensor]] = []
         for step in range(config.max_steps):
             text = own
             if step and anchor is not None and dice.random() < config.anchor_share:
@@ -99,21 +94,12 @@ class Lessons:
             passages_BS = study_BS
             if past and study_BS.shape[1]:
                 passages_BS = torch.cat([study_BS, dice.choice(past).study_BS], dim=1)
-            self._of_step.append((text, _study(passages_BS, config)))
-        self._of_step.append((own, None))
+            self._of_step.append((text, passages_BS))
+        self._of_step.append((own, study_BS[:, :0]))
 
-    def of_step(self, step: int) -> tuple[Lesson, Lesson | None]:
-        """The text of a step, from 0, and what is studied beside it; of K, the look after the last."""
+    def of_step(self, step: int) -> tuple[Lesson, Tensor]:
+        """The text of a step, from 0, and the passages studied beside it; of K, the look after the last."""
         return self._of_step[step]
-
-
-def _study(passages_BS: Tensor, config: AbsorbConfig) -> Lesson | None:
-    """The passages as pieces of one text, if there are any."""
-    count = passages_BS.shape[1] // config.study_tokens
-    if not count:
-        return None
-    nothing = Target(layers=(), finals=())
-    return Lesson(passages_BS[:, :0], passages_BS, 0, (count,), kind="study", target=nothing)
 
 
 def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
@@ -122,7 +108,7 @@ def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
     chosen = dice.sample(range(num_texts), max(1, min(num_texts, own.subsequent_BM.shape[1] // num_tokens)))
     row = anchors[chosen].flatten().to(own.subsequent_BM.device)
     text_BM = row.expand(own.subsequent_BM.shape[0], -1)
-    return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), kind="anchor")
+    return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), is_anchor=True)
 
 
 class Reservoir:

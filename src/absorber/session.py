@@ -362,10 +362,7 @@ class Session:
                 memory=self.memory,
                 window_ids=self.window_ids,
                 pending_ids=self._stream.pending_BT[0].tolist(),
-                replay_ids=[
-                    [part[0].tolist() for part in (past.context_BN, past.subsequent_BM, past.study_BS)]
-                    for past in self._stream.reservoir.rounds
-                ],
+                replay_ids=[[part[0].tolist() for part in past] for past in self._stream.reservoir.rounds],
                 anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
                 sources=self._sources,
                 random_state=self._generator.get_state(),

@@ -110,6 +110,16 @@ def student_loss(
     return loss
 
 
+def study_loss(model, lora, passages, config, sink):
+    """Mean next-token loss over all passages, each read after the sink alone, without their first tokens."""
+    picked = []
+    for passage in passages:
+        _, _, logits = read(lora.run, model, [*sink, *passage], first=len(sink))
+        for place in range(max(1, config.study_cue), len(passage)):
+            picked.append(-logits[place - 1].log_softmax(dim=-1)[passage[place]])
+    return torch.stack(picked).mean()
+
+
 def learning_rate(step, config):
     """Warm-up over `warmup_steps`, then constant, or linear down to zero after the last step."""
     rate = config.learning_rate
@@ -144,10 +154,12 @@ def absorb_context(
     optimizer=None,
     replayed=(),
     anchor_texts=(),
+    passages=None,
     plan=None,
 ):
     """Algorithm 1. Trains `lora` in place; returns (losses on its own text, whether the round was rolled back).
 
+    `passages` has for every step the passages to be learned by heart, each read after the sink alone.
     `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
     """
     plan = plan or ["own"] * config.max_steps
@@ -177,10 +189,12 @@ def absorb_context(
 
     trace = []
     for step in range(config.max_steps):
-        loss = loss_at(step, plan[step])
+        text_loss = loss = loss_at(step, plan[step])
+        if passages is not None and passages[step]:
+            loss = loss + config.study_weight * study_loss(model, lora, passages[step], config, sink)
         if plan[step] == "own":
-            trace.append(loss.item())
-            if config.threshold is not None and loss.item() < config.threshold:
+            trace.append(text_loss.item())
+            if config.threshold is not None and text_loss.item() < config.threshold:
                 break
         if not math.isfinite(loss.item()):
             break

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from absorber import PRESETS, AbsorbConfig
-from absorber.absorption import absorb_context, new_optimizer, synchronization_loss
+from absorber.absorption import absorb_context, new_optimizer
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
-from absorber.lessons import Lesson, Lessons, Reservoir
+from absorber.lessons import Lesson, Lessons, Past, Reservoir
+from absorber.student import synchronization_loss
 from absorber.teacher import teach
 from reference import algorithms as twin
 from reference.lora import PlainLora
@@ -205,23 +206,27 @@ WITH_LESSONS = {
     "anchors_alone": {"replay_rounds": 0},
     "shorter_anchors": {"anchor_tokens": 2},
     "longer_anchors": {"anchor_tokens": 17},
+    "study": {"study": "light", "study_tokens": 3, "study_cue": 2, "study_weight": 2.0},
+    "study_first_tokens": {"study": "light", "study_tokens": 3, "study_cue": 1, "replay_rounds": 0},
 }
 
 
-def plan_of(own, replayed, anchors, config, round_number):
-    """What the library draws: (for each step "own", "anchor" or the number of a pair; the anchors' texts)."""
-    lessons = Lessons(own, replayed=replayed, anchors=anchors, config=config, round_number=round_number)
-    plan, texts = [], []
+def plan_of(own, study_BS, past, anchors, config, round_number):
+    """What the library draws: (for each step "own", "anchor" or the number of a past round; the anchors' texts; the
+    passages of each step, stream by stream)."""
+    lessons = Lessons(own, study_BS=study_BS, past=past, anchors=anchors, config=config, round_number=round_number)
+    plan, texts, studies = [], [], []
     for step in range(config.max_steps):
-        lesson = lessons.of_step(step)
+        lesson, passages_BS = lessons.of_step(step)
+        studies.append(passages_BS)
         if lesson is own:
             plan.append("own")
-        elif lesson.kind == "anchor":
+        elif lesson.is_anchor:
             plan.append("anchor")
             texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
         else:
-            plan.append(next(place for place, pair in enumerate(replayed) if pair[0] is lesson.context_BN))
-    return plan, texts
+            plan.append(next(place for place, (x, *_) in enumerate(past) if x is lesson.context_BN))
+    return plan, texts, studies
 
 
 @pytest.mark.parametrize(
@@ -242,8 +247,10 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
     for number in range(1, 6):
         of_streams = all_rounds[(number - 1) * num_streams : number * num_streams]
         context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
-        pairs = list(reservoir.pairs)
-        plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), pairs, anchors, config, number)
+        past = list(reservoir.rounds)
+        study_BS = context_BN[:, 1 : 1 + 2 * config.study_tokens] if config.study == "light" else context_BN[:, :0]
+        own = Lesson(context_BN, subsequent_BM, 3, config.segments)
+        plan, texts, studies = plan_of(own, study_BS, past, anchors, config, number)
         seen |= set(plan)
         results = absorb_context(
             backbone,
@@ -253,7 +260,8 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             config,
             sink_id=SINK,
             num_generated=3,
-            replayed=pairs,
+            study_BS=study_BS,
+            past=past,
             anchors=anchors,
             round_number=number,
             optimizer=ours_optimizer,
@@ -268,8 +276,9 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
                 sink_id=SINK,
                 num_generated=3,
                 optimizer=twin_optimizers[b],
-                replayed=[(x[b].tolist(), y[b].tolist()) for x, y in pairs],
+                replayed=[(x[b].tolist(), y[b].tolist()) for x, y, _ in past],
                 anchor_texts=texts,
+                passages=[rows[b].reshape(-1, config.study_tokens).tolist() for rows in studies],
                 plan=plan,
             )
             assert results[b].losses == pytest.approx(losses, rel=1e-4)
@@ -277,6 +286,6 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             assert len(losses) == plan.count("own") + 1
             for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
                 torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
-        reservoir.add((context_BN, subsequent_BM), round_number=number)
+        reservoir.add(Past(context_BN, subsequent_BM, study_BS), round_number=number)
     assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
-    assert ({0, 1} <= seen) == (name != "anchors_alone")
+    assert ({0, 1} <= seen) == (config.replay_rounds > 0)
