@@ -226,12 +226,16 @@ def test_a_memory_keeps_what_its_weights_were_made_with(begin, model, config, st
 # --- On disk
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+@pytest.mark.parametrize(("optimizer_state", "study"), [("reset", "off"), ("carry", "off"), ("reset", "light")])
 def test_saving_and_resuming_in_between_changes_nothing(
-    begin, model, tokenizer, config, text, tmp_path, optimizer_state
+    begin, model, tokenizer, config, text, tmp_path, optimizer_state, study
 ):
     config = config.replace(
         optimizer_state=optimizer_state,
+        study=study,
+        study_passages=1,
+        study_tokens=5,
+        study_cue=1,
         weight_decay=0.01,
         max_steps=6,
         replay_rounds=3,
@@ -260,6 +264,22 @@ def test_saving_and_resuming_in_between_changes_nothing(
         assert all(map(torch.equal, ours, theirs))
     assert torch.equal(session._stream.anchors, whole._stream.anchors)
     assert same(session.memory, whole.memory)
+
+
+def test_a_session_of_format_1_goes_on(begin, model, tokenizer, config, text, tmp_path):
+    """Its earlier rounds were X and Y alone."""
+    session = begin(config=config.replace(replay_rounds=3, anchor_texts=2, anchor_tokens=4))
+    session.read("book", [text])
+    session.save(tmp_path / "session")
+    state = tmp_path / "session" / "session.json"
+    content = json.loads(state.read_text())
+    assert [len(entry) for entry in content["replay"]] == [3, 3, 3]
+    content |= {"format": 1, "replay": [entry[:2] for entry in content["replay"]]}
+    state.write_text(json.dumps(content))
+    resumed = Session.resume(tmp_path / "session", model, tokenizer)
+    for either in (session, resumed):
+        either.read("more", [text[:60]])
+    assert same(resumed.memory, session.memory)
 
 
 def test_what_an_interruption_left_is_saved(begin, model, tokenizer, text, tmp_path):

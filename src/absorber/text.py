@@ -5,9 +5,6 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from absorber.errors import ContextError
 
 _PIECE_CHARACTERS = 8192
@@ -90,21 +87,3 @@ def as_turn(tokenizer: Any, message: str) -> str:
 
     whole, before = render([*earlier, user], reply=True), render(earlier, reply=False)
     return whole.removeprefix(before) if whole.startswith(before) else render([user], reply=True)
-
-
-def sentence_breaks(tokenizer: Any, model: Any) -> Tensor:
-    """Say of each token whether a sentence may begin after it: it ends one, or a line.
-
-    Args:
-        tokenizer: Of the model.
-        model: A Hugging Face causal language model, whose vocabulary may be larger than the tokenizer's.
-
-    Returns:
-        [V], bool.
-    """
-    size = model.get_input_embeddings().num_embeddings
-    known = range(min(size, len(tokenizer)))
-    breaks_V = torch.zeros(size, dtype=torch.bool)
-    for token_id, token in zip(known, tokenizer.batch_decode([[token_id] for token_id in known]), strict=True):
-        breaks_V[token_id] = "\n" in token or token.rstrip("\"'”’)] ").endswith((".", "!", "?", "。", "！", "？"))
-    return breaks_V

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone, forward_states, untouched
+from absorber.backbone import Backbone, forward_states, sentence_breaks, untouched
 from absorber.bench.data import Kind, Split, documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
 from absorber.bench.methods import Method, Reader, Setting
@@ -26,7 +26,6 @@ from absorber.bench.records import Record, gap_interval
 from absorber.bench.task import Checkpoint, to_record
 from absorber.config import StreamConfig
 from absorber.errors import BenchmarkError
-from absorber.text import sentence_breaks
 
 VIEWS = ("contextless", "windowed")
 

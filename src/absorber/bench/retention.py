@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone
+from absorber.backbone import Backbone, sentence_breaks
 from absorber.bench.data import Kind, Split, documents, streams
 from absorber.bench.methods import Method, Reader, Setting
 from absorber.bench.methods.full import Full
@@ -25,7 +25,6 @@ from absorber.bench.records import Record, gap_interval
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
 from absorber.bench.task import Checkpoint, to_record
 from absorber.config import StreamConfig
-from absorber.text import sentence_breaks
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
 

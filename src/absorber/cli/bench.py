@@ -1,24 +1,23 @@
 """`absorber bench`: methods measured against each other, and tables from the records."""
 
-import dataclasses
-import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 
 from absorber.cli.bench_ablation import ablation, show_ablation
+from absorber.cli.bench_recall import recall, show_recall
+from absorber.cli.bench_run import make_task, read_tables, run_methods
 from absorber.cli.console import Output
-from absorber.cli.opening import open_model
 from absorber.cli.options import JsonFlag, ModelFlag
-from absorber.errors import AbsorberError, BenchmarkError, ConfigError
+from absorber.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from absorber.bench.records import Record
-    from absorber.bench.retention import Retention
 
 app = App(name="bench", help="Measure methods against each other.")
 app.command(ablation)
+app.command(recall)
 
 
 @app.command
@@ -56,31 +55,12 @@ def retention(
         json: Write one JSON object per line to stdout.
     """
     report = Output(json_lines=json)
-    from absorber.bench.methods import METHODS, LoRA, method
-    from absorber.bench.runner import Listener, run_task
+    from absorber.bench.retention import Retention
 
-    chosen = {name: method(name) for name in methods or METHODS}
-    tables = _tables(config)
-    if tables.get("absorb") and "absorber" in chosen:
-        own = chosen["absorber"]
-        assert isinstance(own, LoRA)
-        chosen["absorber"] = LoRA(own.absorb_config.replace(**tables["absorb"]))
-    task = _task(
-        {"kind": kind, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
-        | tables.get("retention", {})
-    )
-    loaded = open_model(model, report, device=device)
-
-    def on_failure(name: str, error: AbsorberError) -> None:
-        report.event("failed", method=name, type=type(error).__name__, message=str(error))
-        report.say(f"{name} failed: {error}")
-
-    listener = Listener(
-        say=report.say,
-        on_round=lambda name, number: report.event("progress", method=name, round=number, num_rounds=rounds),
-        on_failure=on_failure,
-    )
-    records = run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener)
+    tables = read_tables(config)
+    flags = {"kind": kind, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
+    task = make_task(Retention, flags | tables.get("retention", {}))
+    records = run_methods(task, methods, tables, report, data_dir=data_dir, output=output, model=model, device=device)
     _show(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0
@@ -92,12 +72,12 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
 
     Args:
         files: Files of records.
-        picture: Image file to draw.
+        picture: Image file to draw: of retention, or of recall where there is no record of retention.
         kind: Of the streams in the picture.
         json: Write one JSON object per line to stdout.
     """
     report = Output(json_lines=json)
-    from absorber.bench.figures import draw_retention
+    from absorber.bench.figures import draw_recall, draw_retention
     from absorber.bench.records import read_records
 
     missing = [str(path) for path in files if not path.is_file()]
@@ -105,34 +85,15 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
         raise BenchmarkError(f"there is no file {', '.join(missing) or 'given'}; give files of records")
     found = [record for path in files for record in read_records(path)]
     records = [record for record in found if record.task == "retention"]
-    if picture is not None:
+    if picture is not None and records:
         draw_retention(records, picture, kind=kind)
+    elif picture is not None:
+        draw_recall([record for record in found if record.task == "recall"], picture, kind=kind)
     if records:
         _show(report, records)
+    show_recall(report, found)
     show_ablation(report, found)
     return 0
-
-
-def _tables(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        return tomllib.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the settings file {config}: {error}") from error
-
-
-def _task(values: dict[str, Any]) -> "Retention":
-    from absorber.bench.retention import DRIFT_KINDS, Retention
-
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Retention)})
-    if unknown:
-        raise ConfigError(f"unknown setting {', '.join(unknown)} in [retention]")
-    if values["kind"] not in DRIFT_KINDS or values["split"] not in ("report", "choose"):
-        raise ConfigError(f"kind is one of {', '.join(DRIFT_KINDS)} and split report or choose; got {values}")
-    if min(value for value in values.values() if isinstance(value, int)) < 0 or values["num_rounds"] < 1:
-        raise ConfigError(f"counts are 1 or more; got {values}")
-    return Retention(**values)
 
 
 def _show(report: Output, records: "list[Record]") -> None:

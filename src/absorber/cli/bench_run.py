@@ -1,0 +1,83 @@
+"""What the commands of `absorber bench` that run methods on a task have in common."""
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absorber.cli.console import Output
+from absorber.cli.opening import open_model
+from absorber.errors import AbsorberError, ConfigError
+
+if TYPE_CHECKING:
+    from absorber.bench.records import Record
+    from absorber.bench.task import Task
+
+
+def read_tables(config: Path | None) -> dict[str, Any]:
+    """Read a TOML file of settings; none without a file.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    if config is None:
+        return {}
+    try:
+        return tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the settings file {config}: {error}") from error
+
+
+def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
+    """Build a task from flags and the table of its name.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of range.
+    """
+    from absorber.bench.retention import DRIFT_KINDS
+
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind_of_task)})
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)} in [{kind_of_task.name}]")
+    if values["kind"] not in DRIFT_KINDS or values["split"] not in ("report", "choose"):
+        raise ConfigError(f"kind is one of {', '.join(DRIFT_KINDS)} and split report or choose; got {values}")
+    counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed")}
+    numbers = [number for value in counts.values() for number in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(number, int) and number >= 1 for number in numbers) or values["seed"] < 0:
+        raise ConfigError(f"counts are 1 or more and the seed 0 or more; got {values}")
+    return kind_of_task(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def run_methods(
+    task: "Task",
+    names: Sequence[str],
+    tables: dict[str, Any],
+    report: Output,
+    *,
+    data_dir: Path,
+    output: Path,
+    model: str | None,
+    device: str,
+) -> "list[Record]":
+    """Load the model and measure methods, all if none is named; the table [absorb] changes the method absorber."""
+    from absorber.bench.methods import METHODS, LoRA, method
+    from absorber.bench.runner import Listener, run_task
+
+    chosen = {name: method(name) for name in names or METHODS}
+    if tables.get("absorb") and "absorber" in chosen:
+        own = chosen["absorber"]
+        assert isinstance(own, LoRA)
+        chosen["absorber"] = LoRA(own.absorb_config.replace(**tables["absorb"]))
+    loaded = open_model(model, report, device=device)
+
+    def on_failure(name: str, error: AbsorberError) -> None:
+        report.event("failed", method=name, type=type(error).__name__, message=str(error))
+        report.say(f"{name} failed: {error}")
+
+    listener = Listener(
+        say=report.say,
+        on_round=lambda name, number: report.event("progress", method=name, round=number),
+        on_failure=on_failure,
+    )
+    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener)
