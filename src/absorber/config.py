@@ -172,7 +172,7 @@ class AbsorbConfig(_Settings):
     """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them."""
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
-    study: Literal["off", "light", "full"] = "off"
+    study: Literal["off", "light"] = "off"
     """How the model studies a context, so that its facts are kept. light: the passages that it expects least are
     learned by heart."""
     study_weight: float = 1.0
