@@ -165,8 +165,8 @@ def test_records_resume_and_are_shown(model, tokenizer, data_dir, tmp_path, monk
                 total = sum(other.value * other.num_samples for other in kinds)
                 assert total / sum(other.num_samples for other in kinds) == pytest.approx(record.value)
     heads, rows = recall_rows(records)
-    assert [row[:4] for row in rows] == [
-        ("books", method, "3", age) for method in ("truncation", "absorber") for age in ("1", "3")
+    assert [row[:5] for row in rows] == [
+        ("books", "3", method, "0", age) for method in ("truncation", "absorber") for age in ("1", "3")
     ]
     assert all(len(row) == len(heads) for row in rows)
     draw_recall(records, tmp_path / "recall.png")

@@ -9,7 +9,7 @@ from absorber.backbone import inspect, sink_token
 from absorber.bench.data import documents, streams
 from absorber.bench.figures import draw_retention, retention_rows
 from absorber.bench.methods import METHODS, LoRA, method
-from absorber.bench.records import read_records
+from absorber.bench.records import Record, read_records
 from absorber.bench.retention import Retention, measure, prepare
 from absorber.bench.runner import Listener, run_task
 from absorber.errors import AbsorptionError, BenchmarkError
@@ -107,12 +107,51 @@ def test_a_run_resumes_and_one_failure_does_not_end_it(model, tokenizer, data_di
     assert measured == ["truncation", "absorber"]
     assert repr(again) == repr(first) == repr(read_records(output))
     heads, rows = retention_rows(first)
-    assert [row[1] for row in rows] == ["truncation", "absorber"]
+    assert [row[:4] for row in rows] == [("books", "2", name, "0") for name in ("truncation", "absorber")]
     assert len(heads) == len(rows[0])
+    assert rows[0][7].startswith("+0.0000")
     draw_retention(first, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BenchmarkError, match="no records of streams of code"):
         draw_retention(first, tmp_path / "picture.png", kind="code")
+
+
+def synthetic(method, rounds, *, num_rounds, seed=0, kind="books"):
+    """Records of windowed nll and gap, by round."""
+    shared = {
+        "task": "retention",
+        "method": method,
+        "model": "m",
+        "unit": "",
+        "num_samples": 1,
+        "context_length": 0,
+        "seed": seed,
+        "config": {"task": {"kind": kind, "num_rounds": num_rounds}},
+        "device": "cpu",
+        "dtype": "float32",
+        "versions": {},
+        "git": "",
+    }
+    return [
+        Record(metric=metric, value=value, round=number, **shared)
+        for number, value in rounds.items()
+        for metric in ("windowed_nll", "windowed_gap_closed", "contextless_gap_closed")
+    ]
+
+
+def test_a_row_per_seed_and_length_with_its_worst_round():
+    records = synthetic("truncation", {10: 3.0, 20: 3.0}, num_rounds=20, seed=1)
+    records += synthetic("absorber", {10: 3.5, 20: 2.5}, num_rounds=20, seed=1)
+    records += synthetic("absorber", {10: 2.0}, num_rounds=10, seed=1)
+    records += synthetic("absorber", {10: 2.0, 20: 2.0}, num_rounds=20, seed=2)
+    heads, rows = retention_rows(records)
+    worst = {row[1:4]: row[heads.index("worst round, nats")] for row in rows}
+    assert worst == {
+        ("20", "truncation", "1"): "+0.0000 (round 20)",
+        ("20", "absorber", "1"): "+0.5000 (round 10)",
+        ("10", "absorber", "1"): "no truncation",
+        ("20", "absorber", "2"): "no truncation",
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, way in METHODS.items() if isinstance(way, LoRA)])

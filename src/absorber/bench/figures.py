@@ -1,9 +1,9 @@
 """Figures and tables from records, and from nothing else."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absorber.bench.records import Record
 from absorber.errors import BenchmarkError
@@ -12,28 +12,56 @@ from absorber.models import DEFAULT_MODEL
 Row = tuple[str, ...]
 
 
+class Run(NamedTuple):
+    """What the records of one curve share."""
+
+    kind: str
+    """Of the streams."""
+    num_rounds: int
+    """Of the whole run."""
+    method: str
+    """Name."""
+    seed: int
+    """Of streams and method."""
+
+
 def retention_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
-    """One row per method and kind of stream, after the last round that all of a kind have.
+    """One row per kind of stream, length, method and seed, after the last round.
 
     Returns:
-        The heads, and the rows.
+        The heads, and the rows. The worst round is that with the largest windowed nll compared with no memory
+        (`truncation` on the same streams), and how much larger, in nats; below zero the memory never did harm.
     """
     drift_kinds = sorted({record.config["drift_kind"] for record in records if "drift_kind" in record.config})
-    heads: Row = ("stream", "method", "rounds", "windowed nll", "windowed gap closed", "contextless gap closed")
-    heads += tuple(f"drift, {kind}" for kind in drift_kinds)
-    rows = []
-    for (kind, method), own in _by_method(records).items():
+    heads: Row = ("stream", "rounds", "method", "seed", "windowed nll", "windowed gap closed", "contextless gap closed")
+    heads += ("worst round, nats", *(f"drift, {kind}" for kind in drift_kinds))
+    rows, runs = [], _runs(records)
+    for run, own in runs.items():
         last = max(record.round for record in own)
         found = {(record.metric, record.config.get("drift_kind")): record for record in own if record.round == last}
-        cells = [kind, method, str(last), f"{found['windowed_nll', None].value:.4f}"]
+        cells = [run.kind, str(last), run.method, str(run.seed), f"{found['windowed_nll', None].value:.4f}"]
         cells += [gap(found[f"{view}_gap_closed", None]) for view in ("windowed", "contextless")]
+        cells.append(_worst_round(own, runs.get(run._replace(method="truncation"), ())))
         cells += [f"{found['drift_nll', other].value:+.4f}" for other in drift_kinds]
         rows.append(tuple(cells))
     return heads, rows
 
 
+def _worst_round(own: Sequence[Record], without: Sequence[Record]) -> str:
+    none = {record.round: record.value for record in without if record.metric == "windowed_nll"}
+    harm = [
+        (record.value - none[record.round], record.round)
+        for record in own
+        if record.metric == "windowed_nll" and record.round in none
+    ]
+    return f"{max(harm)[0]:+.4f} (round {max(harm)[1]})" if harm else "no truncation"
+
+
 def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books") -> None:
-    """Draw the gap closed round by round, windowed and contextless, with its interval, one line per method.
+    """Draw the gap closed round by round, windowed and contextless, one line per method.
+
+    Of runs of several lengths the longest are drawn. Of several seeds the line is their mean, and the band reaches from
+    the lowest to the highest end of their intervals.
 
     Raises:
         BenchmarkError: If there are no records of this kind.
@@ -43,16 +71,14 @@ def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books"
     figure = Figure(figsize=(11, 4), layout="constrained")
     views = ("windowed", "contextless")
     panels = dict(zip(views, figure.subplots(1, 2), strict=True))
-    lines = {method: own for (of, method), own in _by_method(records).items() if of == kind}
-    if not lines:
-        raise BenchmarkError(f"there are no records of streams of {kind}; run absorber bench retention first")
+    lines = _lines(records, kind, "retention")
     for method, own in lines.items():
         for view, panel in panels.items():
-            found = sorted((r for r in own if r.metric == f"{view}_gap_closed"), key=lambda record: record.round)
-            rounds = [record.round for record in found]
-            drawn = panel.plot(rounds, [100 * record.value for record in found], "o-", markersize=3, label=method)
-            low, high = ([100 * (getattr(r, end) or r.value) for r in found] for end in ("ci95_low", "ci95_high"))
-            panel.fill_between(rounds, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
+            found = defaultdict(list)
+            for record in own:
+                if record.metric == f"{view}_gap_closed":
+                    found[record.round].append(record)
+            _draw(panel, found, label=method)
     for view, panel in panels.items():
         panel.axhline(0, color="#999999", linewidth=0.8)
         panel.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
@@ -62,6 +88,16 @@ def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books"
     figure.savefig(path, dpi=130)
 
 
+def _draw(panel: Any, found: Mapping[int, Sequence[Record]], **style: Any) -> None:
+    """A line through the means of the records at each place, and a band over their intervals."""
+    places = sorted(found)
+    means = [100 * sum(record.value for record in found[at]) / len(found[at]) for at in places]
+    drawn = panel.plot(places, means, "o-", markersize=3, **style)
+    low = [100 * min(r.value if r.ci95_low is None else r.ci95_low for r in found[at]) for at in places]
+    high = [100 * max(r.value if r.ci95_high is None else r.ci95_high for r in found[at]) for at in places]
+    panel.fill_between(places, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
+
+
 def recall_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
     """One row per kind of stream, method and age, after the last round in which that age was asked for.
 
@@ -69,10 +105,10 @@ def recall_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
         The heads, and the rows. Exact answers in the wording of the text and in another, given the memory alone, as a
         share of what full attention answers with the context in view; then given the window as well.
     """
-    heads: Row = ("stream", "method", "rounds", "age", "contextless", "of full", "other wording", "of full")
+    heads: Row = ("stream", "rounds", "method", "seed", "age", "contextless", "of full", "other wording", "of full")
     heads = (*heads, "windowed", "full", "full, other wording")
     rows = []
-    for (kind, method), own in _by_method(records).items():
+    for run, own in _runs(records).items():
         for age in sorted({record.config["age"] for record in own}):
             last = max(record.round for record in own if record.config["age"] == age)
             found = {
@@ -80,7 +116,7 @@ def recall_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
                 for record in own
                 if (record.round, record.config["age"], record.config["fact_kind"]) == (last, age, "all")
             }
-            cells = [kind, method, str(last), str(age)]
+            cells = [run.kind, str(last), run.method, str(run.seed), str(age)]
             for wording in ("text", "other"):
                 cells.append(_percent(found["recall_exact", "contextless", wording]))
                 cells.append(gap(found["recall_share", "contextless", wording]))
@@ -101,35 +137,30 @@ def draw_recall(records: Sequence[Record], path: Path, *, kind: str = "books") -
     figure = Figure(figsize=(11, 4), layout="constrained")
     wordings = {"text": "in the wording of the text", "other": "in other words"}
     panels = dict(zip(wordings, figure.subplots(1, 2, sharey=True), strict=True))
-    lines = {method: own for (of, method), own in _by_method(records).items() if of == kind}
-    if not lines:
-        raise BenchmarkError(f"there are no records of streams of {kind}; run absorber bench recall first")
+    lines = _lines(records, kind, "recall")
     for wording, panel in panels.items():
         for method, own in lines.items():
-            _draw_ages(panel, _ages(own, wording, "contextless"), label=method)
-        _draw_ages(panel, _ages(next(iter(lines.values())), wording, "full"), label="text in view", color="#999999")
+            _draw(panel, _ages(own, wording, "contextless"), label=method)
+        _draw(panel, _ages(next(iter(lines.values())), wording, "full"), label="text in view", color="#999999")
         panel.set(title=f"{wordings[wording]}: exact answers, %", xlabel="rounds since it was absorbed", xscale="log")
     panels["text"].legend(frameon=False, fontsize=8)
     _title(figure, next(iter(lines.values()))[0], f"streams of {kind}, facts asked for without the window")
     figure.savefig(path, dpi=130)
 
 
-def _ages(records: Sequence[Record], wording: str, view: str) -> list[Record]:
-    """The exact answers by age, each after the last round in which that age was asked for."""
-    found = {
-        record.config["age"]: record
-        for record in sorted(records, key=lambda record: record.round)
-        if (record.metric, record.config["fact_kind"]) == ("recall_exact", "all")
-        and (record.config["wording"], record.config["view"]) == (wording, view)
-    }
-    return [found[age] for age in sorted(found)]
-
-
-def _draw_ages(panel: Any, found: Sequence[Record], **style: Any) -> None:
-    ages = [record.config["age"] for record in found]
-    drawn = panel.plot(ages, [100 * record.value for record in found], "o-", markersize=3, **style)
-    low, high = ([100 * (getattr(r, end) or 0.0) for r in found] for end in ("ci95_low", "ci95_high"))
-    panel.fill_between(ages, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
+def _ages(records: Sequence[Record], wording: str, view: str) -> dict[int, list[Record]]:
+    """The exact answers by age, of each seed those after the last round in which that age was asked for."""
+    found: dict[int, dict[int, Record]] = defaultdict(dict)
+    for record in sorted(records, key=lambda record: record.round):
+        config = record.config
+        if (record.metric, config["fact_kind"], config["wording"], config["view"]) == (
+            "recall_exact",
+            "all",
+            wording,
+            view,
+        ):
+            found[config["age"]][record.seed] = record
+    return {age: list(of_seed.values()) for age, of_seed in found.items()}
 
 
 def _title(figure: Any, record: Record, what: str) -> None:
@@ -141,11 +172,25 @@ def _percent(record: Record) -> str:
     return f"{100 * record.value:.0f} %"
 
 
-def _by_method(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+def _runs(records: Sequence[Record]) -> dict[Run, list[Record]]:
+    groups: dict[Run, list[Record]] = defaultdict(list)
     for record in records:
-        groups[record.config["task"]["kind"], record.method].append(record)
+        task = record.config["task"]
+        groups[Run(task["kind"], task["num_rounds"], record.method, record.seed)].append(record)
     return dict(groups)
+
+
+def _lines(records: Sequence[Record], kind: str, task: str) -> dict[str, list[Record]]:
+    """The records of the longest runs over streams of a kind, all seeds together, by method."""
+    runs = {run: own for run, own in _runs(records).items() if run.kind == kind}
+    if not runs:
+        raise BenchmarkError(f"there are no records of streams of {kind}; run absorber bench {task} first")
+    longest = max(run.num_rounds for run in runs)
+    lines: dict[str, list[Record]] = defaultdict(list)
+    for run, own in runs.items():
+        if run.num_rounds == longest:
+            lines[run.method] += own
+    return dict(lines)
 
 
 def gap(record: Record) -> str:
