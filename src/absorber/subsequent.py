@@ -1,6 +1,6 @@
-"""Where the subsequent text Y comes from when the stream does not have it: the model writes it.
+"""What a round trains on beside the stream's own next text: text that the model writes, and passages that it studies.
 
-The next text of the stream is the paper's first choice and needs no code: it stands in the window.
+The next text of the stream is the paper's first choice for Y and needs no code: it stands in the window.
 """
 
 import math

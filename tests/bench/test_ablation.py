@@ -13,7 +13,7 @@ from absorber.bench.ablation import LAYERS, TABLES, Ablation, Published, Table, 
 from absorber.bench.ablation_report import ablation_sections, contradictions
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record, read_records
-from absorber.bench.retention import Streams, measure, prepare
+from absorber.bench.retention import Retention, Streams
 from absorber.bench.runner import Listener
 from absorber.config import PRESETS, AbsorbConfig
 from absorber.errors import AbsorptionError, ConfigError
@@ -35,7 +35,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def few_texts(monkeypatch):
     """Measure drift on books alone: the folder has nothing else."""
-    monkeypatch.setattr(prepare, "__kwdefaults__", {"drift_kinds": ("books",)})
+    monkeypatch.setattr(Retention.prepare, "__kwdefaults__", {"drift_kinds": ("books",)})
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_variants_differ_in_effect(table, deep, tokenizer):
     measured = {}
     for cell in cells(task, [table], num_layers=4):
         method = ablation.LoRA(shrunk(cell.config))
-        [last] = measure(cell.task, method, inspect(deep), texts, sink_id=sink)
+        [last] = cell.task.measure(method, inspect(deep), texts, sink_id=sink)
         measured[cell.variant] = (last.metrics["windowed_nll"][0], last.metrics["contextless_nll"][0])
     assert len(set(measured.values())) == len(measured), measured
 

@@ -9,7 +9,7 @@ from absorber.bench import recall
 from absorber.bench.facts import draw_facts
 from absorber.bench.figures import draw_recall, recall_rows
 from absorber.bench.methods import METHODS, LoRA, Setting
-from absorber.bench.recall import Recall, ask, measure, prepare
+from absorber.bench.recall import Recall, ask
 from absorber.bench.records import read_records
 from absorber.bench.runner import Listener, run_task
 from absorber.config import AbsorbConfig
@@ -30,7 +30,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def planted(model, tokenizer, data_dir):
-    return prepare(TASK, model, tokenizer, data_dir)
+    return TASK.prepare(model, tokenizer, data_dir)
 
 
 def setting(model, tokenizer, num_streams=2):
@@ -67,7 +67,7 @@ def test_a_round_absorbs_the_context_that_its_facts_are_in(planted, model, token
         return real(backbone, adapter, context_BN, *args, **kwargs)
 
     monkeypatch.setattr(absorber.stream, "absorb_context", watched)
-    list(measure(TASK, LoRA(CONFIG), inspect(model), planted, sink_id=sink_token(model, tokenizer)))
+    list(TASK.measure(LoRA(CONFIG), inspect(model), planted, sink_id=sink_token(model, tokenizer)))
     assert len(contexts) == 3
     for number, context_BN in enumerate(contexts):
         assert torch.equal(context_BN, planted.token_ids_BT[:, 160 * number : 160 * (number + 1)])
@@ -82,7 +82,7 @@ def test_who_is_asked_what_and_with_what_in_view(planted, model, tokenizer, monk
         return {"recall_exact": [0.0] * 4, "recall_nll": [1.0] * 4}
 
     monkeypatch.setattr(recall, "ask", watched)
-    (checkpoint,) = measure(TASK, METHODS["truncation"], inspect(model), planted, sink_id=0)
+    (checkpoint,) = TASK.measure(METHODS["truncation"], inspect(model), planted, sink_id=0)
     assert checkpoint.round == 3
     ids, found = planted.token_ids_BT, {}
     for prefix_BT, facts, wording in asked:
@@ -169,6 +169,7 @@ def test_records_resume_and_are_shown(model, tokenizer, data_dir, tmp_path, monk
         ("books", "3", method, "0", age) for method in ("truncation", "absorber") for age in ("1", "3")
     ]
     assert all(len(row) == len(heads) for row in rows)
+    assert len(set(heads)) == len(heads)  # they name the fields of an event
     draw_recall(records, tmp_path / "recall.png")
     assert (tmp_path / "recall.png").stat().st_size > 1000
 
@@ -195,11 +196,11 @@ def test_the_share_is_of_what_full_attention_answers():
         for view, values in {"full": [1, 1, 1, 0], "contextless": [1, 0, 1, 0], "windowed": [0, 0, 0, 0]}.items()
     }
     facts = {"model": "m", "device": "cpu", "dtype": "float32", "versions": {}, "git": ""}
-    records = recall.to_records(TASK, "x", {}, [Checkpoint(3, metrics, 0.0)], facts)
+    records = TASK.to_records("x", {}, [Checkpoint(3, metrics, 0.0)], [], facts)
     shares = {record.config["view"]: record.value for record in records if record.metric == "recall_share"}
     assert shares == {"contextless": pytest.approx(2 / 3), "windowed": pytest.approx(0.0)}
 
 
 def test_facts_need_room(model, tokenizer, data_dir):
     with pytest.raises(BenchmarkError, match="larger context_tokens"):
-        prepare(Recall(num_rounds=1, num_streams=1, context_tokens=40, sync_tokens=8), model, tokenizer, data_dir)
+        Recall(num_rounds=1, num_streams=1, context_tokens=40, sync_tokens=8).prepare(model, tokenizer, data_dir)

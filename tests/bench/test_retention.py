@@ -10,7 +10,7 @@ from absorber.bench.data import documents, streams
 from absorber.bench.figures import draw_retention, retention_rows
 from absorber.bench.methods import METHODS, LoRA, method
 from absorber.bench.records import Record, read_records
-from absorber.bench.retention import Retention, measure, prepare
+from absorber.bench.retention import Retention
 from absorber.bench.runner import Listener, run_task
 from absorber.errors import AbsorptionError, BenchmarkError
 
@@ -67,8 +67,8 @@ def test_too_little_text_is_an_error(tokenizer, data_dir, tmp_path):
 
 
 def test_full_attention_is_its_own_reference(model, tokenizer, data_dir):
-    texts = prepare(TASK, model, tokenizer, data_dir)
-    found = list(measure(TASK, method("full"), inspect(model), texts, sink_id=sink_token(model, tokenizer)))
+    texts = TASK.prepare(model, tokenizer, data_dir)
+    found = list(TASK.measure(method("full"), inspect(model), texts, sink_id=sink_token(model, tokenizer)))
     assert [checkpoint.round for checkpoint in found] == [1, 2]
     for checkpoint in found:
         assert checkpoint.metrics["windowed_nll"] == pytest.approx(checkpoint.metrics["full_nll"], abs=1e-5)
@@ -76,9 +76,9 @@ def test_full_attention_is_its_own_reference(model, tokenizer, data_dir):
 
 
 def test_truncation_reads_the_last_m_tokens(model, tokenizer, data_dir):
-    texts = prepare(TASK, model, tokenizer, data_dir)
+    texts = TASK.prepare(model, tokenizer, data_dir)
     sink = sink_token(model, tokenizer)
-    found = list(measure(TASK, method("truncation"), inspect(model), texts, sink_id=sink))
+    found = list(TASK.measure(method("truncation"), inspect(model), texts, sink_id=sink))
     end = TASK.sync_tokens + TASK.context_tokens
     for row in range(2):
         ids = texts.token_ids_BT[row, end - TASK.sync_tokens : end + TASK.passage_tokens]
@@ -156,11 +156,11 @@ def test_a_row_per_seed_and_length_with_its_worst_round():
 
 @pytest.mark.parametrize("name", [name for name, way in METHODS.items() if isinstance(way, LoRA)])
 def test_every_adapter_method_changes_what_is_said_and_leaves_the_model(name, model, tokenizer, data_dir):
-    texts = prepare(TASK, model, tokenizer, data_dir, drift_kinds=("code",))
+    texts = TASK.prepare(model, tokenizer, data_dir, drift_kinds=("code",))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sink = sink_token(model, tokenizer)
     own, none = (
-        list(measure(TASK, way, inspect(model), texts, sink_id=sink))[-1].metrics
+        list(TASK.measure(way, inspect(model), texts, sink_id=sink))[-1].metrics
         for way in (few_steps(name), method("truncation"))
     )
     assert own["windowed_nll"] != none["windowed_nll"]

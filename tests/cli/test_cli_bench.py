@@ -17,7 +17,7 @@ def test_bench_retention_and_table(cli, novels, tmp_path, monkeypatch):
     from absorber.bench import retention
 
     monkeypatch.setattr(retention, "DRIFT_KINDS", ("books", "code"))
-    monkeypatch.setattr(retention.prepare, "__kwdefaults__", {"drift_kinds": ("books", "code")})
+    monkeypatch.setattr(retention.Retention.prepare, "__kwdefaults__", {"drift_kinds": ("books", "code")})
     settings, output = tmp_path / "s.toml", tmp_path / "records.jsonl"
     settings.write_text(
         "[retention]\ncontext_tokens = 16\nsync_tokens = 32\npassage_tokens = 16\n"

@@ -8,7 +8,7 @@ from absorber.bench.ablation import TABLES
 
 @pytest.fixture
 def novels(tmp_path, monkeypatch):
-    monkeypatch.setattr(retention.prepare, "__kwdefaults__", {"drift_kinds": ("books",)})
+    monkeypatch.setattr(retention.Retention.prepare, "__kwdefaults__", {"drift_kinds": ("books",)})
     folder = tmp_path / "data"
     folder.mkdir()
     for book in range(4):

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from absorber.bench.ablation import TABLES, Published
 from absorber.bench.figures import Row, gap
-from absorber.bench.records import Record
+from absorber.bench.records import Record, model_label
 from absorber.config import AbsorbConfig, StreamConfig
-from absorber.models import DEFAULT_MODEL
 
 _MOST_PAIRS = 4
 _VIEWS = ("windowed", "contextless")
@@ -76,9 +75,8 @@ def contradictions(published: Published, ours: Mapping[str, Record]) -> list[tup
 
 def _setting(record: Record) -> str:
     task = record.config["task"]
-    origin = " (weights 4-bit in origin)" if record.model == DEFAULT_MODEL else ""
     return (
-        f"{record.model}{origin}, {record.num_samples} streams of {task['kind']} ({task['split']} half), "
+        f"{model_label(record.model)}, {record.num_samples} streams of {task['kind']} ({task['split']} half), "
         f"{task['num_tokens']} tokens absorbed, seed {record.seed}, {record.dtype}, {record.device}"
     )
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absorber.bench.records import Record
+from absorber.bench.records import Record, model_label
 from absorber.errors import BenchmarkError
-from absorber.models import DEFAULT_MODEL
 
 Row = tuple[str, ...]
 
@@ -105,8 +104,8 @@ def recall_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
         The heads, and the rows. Exact answers in the wording of the text and in another, given the memory alone, as a
         share of what full attention answers with the context in view; then given the window as well.
     """
-    heads: Row = ("stream", "rounds", "method", "seed", "age", "contextless", "of full", "other wording", "of full")
-    heads = (*heads, "windowed", "full", "full, other wording")
+    heads: Row = ("stream", "rounds", "method", "seed", "age", "contextless", "of full")
+    heads += ("other wording", "of full, other wording", "windowed", "full", "full, other wording")
     rows = []
     for run, own in _runs(records).items():
         for age in sorted({record.config["age"] for record in own}):
@@ -164,8 +163,7 @@ def _ages(records: Sequence[Record], wording: str, view: str) -> dict[int, list[
 
 
 def _title(figure: Any, record: Record, what: str) -> None:
-    origin = " (weights 4-bit in origin)" if record.model == DEFAULT_MODEL else ""
-    figure.suptitle(f"{record.model}{origin}, {record.num_samples} {what}", fontsize=10)
+    figure.suptitle(f"{model_label(record.model)}, {record.num_samples} {what}", fontsize=10)
 
 
 def _percent(record: Record) -> str:

@@ -7,94 +7,23 @@ with the fact's own context in view.
 Shapes: B streams, T tokens.
 """
 
-import dataclasses
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone, forward_states, sentence_breaks, untouched
-from absorber.bench.data import Kind, Split, documents, streams
+from absorber.backbone import forward_states, sentence_breaks, untouched
+from absorber.bench.data import documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
-from absorber.bench.methods import Method, Reader, Setting
-from absorber.bench.records import Record, gap_interval
-from absorber.bench.task import Checkpoint, to_record
-from absorber.config import StreamConfig
+from absorber.bench.methods import Reader, Setting
+from absorber.bench.records import Record
+from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.errors import BenchmarkError
-
-VIEWS = ("contextless", "windowed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recall:
-    """The protocol's settings.
-
-    Raises:
-        BenchmarkError: If a context has no room for its facts.
-    """
-
-    name: ClassVar[str] = "recall"
-    reference: ClassVar[str | None] = None
-    kind: Kind = "books"
-    """What is streamed."""
-    split: Split = "report"
-    """Which half of the documents."""
-    num_rounds: int = 30
-    """Rounds; the stream has m + n * rounds tokens."""
-    num_streams: int = 24
-    """B."""
-    context_tokens: int = 512
-    """n."""
-    sync_tokens: int = 1024
-    """m."""
-    num_facts: int = 2
-    """Facts planted in each round's context."""
-    ages: tuple[int, ...] = (1, 3, 10, 30)
-    """Rounds since a fact was absorbed, the round that absorbed it included."""
-    seed: int = 0
-    """Of streams, facts and methods."""
-
-    @property
-    def stream(self) -> StreamConfig:
-        """n and m."""
-        return StreamConfig(context_tokens=self.context_tokens, sync_tokens=self.sync_tokens)
-
-    @property
-    def checkpoints(self) -> list[int]:
-        """After which rounds is asked: every tenth, and the last."""
-        return [number for number in range(1, self.num_rounds + 1) if number % 10 == 0 or number == self.num_rounds]
-
-    def config(self) -> dict[str, Any]:
-        """What a record says of the task."""
-        values = dataclasses.asdict(self) | {"ages": list(self.ages)}
-        del values["seed"]
-        return values
-
-    def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> "Planted":
-        """See `prepare`."""
-        return prepare(self, model, tokenizer, data_dir)
-
-    def measure(
-        self, method: Method, backbone: Backbone, texts: "Planted", *, sink_id: int, on_round: Callable[[int], None]
-    ) -> Iterator[Checkpoint]:
-        """See `measure`."""
-        return measure(self, method, backbone, texts, sink_id=sink_id, on_round=on_round)
-
-    def to_records(
-        self,
-        method: str,
-        method_config: dict[str, Any],
-        measured: Sequence[Checkpoint],
-        reference: Sequence[Checkpoint],
-        facts: dict[str, Any],
-    ) -> list[Record]:
-        """See `to_records`."""
-        return to_records(self, method, method_config, measured, facts)
 
 
 @dataclass(slots=True)
@@ -113,33 +42,105 @@ class Planted:
     """What the model answers with the context in view, by round and wording."""
 
 
-def prepare(task: Recall, model: Any, tokenizer: Any, data_dir: Path) -> Planted:
-    """Read, tokenize and plant.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall(Task):
+    """The protocol's settings."""
 
-    Raises:
-        BenchmarkError: If there is too little text, or too little room in it.
-    """
+    name: ClassVar[str] = "recall"
+    num_rounds: int = 30
+    num_facts: int = 2
+    """Facts planted in each round's context."""
+    ages: tuple[int, ...] = (1, 3, 10, 30)
+    """Rounds since a fact was absorbed, the round that absorbed it included."""
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    @property
+    def checkpoints(self) -> list[int]:
+        """After which rounds is asked: every tenth, and the last."""
+        return [number for number in range(1, self.num_rounds + 1) if number % 10 == 0 or number == self.num_rounds]
 
-    breaks_V = sentence_breaks(tokenizer, model)
-    plain_BT = streams(
-        tokenizer,
-        documents(task.kind, data_dir, task.split),
-        kind=task.kind,
-        num_streams=task.num_streams,
-        num_tokens=task.sync_tokens + task.context_tokens * task.num_rounds,
-        seed=task.seed,
-    )
-    rows, facts = [], []
-    for index, plain in enumerate(plain_BT.tolist()):
-        # Streams begin with different kinds, so that every age is asked about all of them.
-        own = draw_facts(task.num_facts * task.num_rounds, seed=f"{task.seed}/{index}", first_kind=index)
-        rows.append(_plant(task, plain, own, tokenize, breaks_V, random.Random(f"places/{task.seed}/{index}")))
-        facts.append(own)
-    return Planted(torch.tensor(rows), facts, tokenize, breaks_V)
+    def config(self) -> dict[str, Any]:
+        """What a record says of the settings."""
+        return Task.config(self) | {"ages": list(self.ages)}
+
+    def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> Planted:
+        """Read, tokenize and plant.
+
+        Raises:
+            BenchmarkError: If there is too little text, or too little room in it.
+        """
+
+        def tokenize(text: str) -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
+
+        breaks_V = sentence_breaks(tokenizer, model)
+        plain_BT = streams(
+            tokenizer,
+            documents(self.kind, data_dir, self.split),
+            kind=self.kind,
+            num_streams=self.num_streams,
+            num_tokens=self.sync_tokens + self.context_tokens * self.num_rounds,
+            seed=self.seed,
+        )
+        rows, facts = [], []
+        for index, plain in enumerate(plain_BT.tolist()):
+            # Streams begin with different kinds, so that every age is asked about all of them.
+            own = draw_facts(self.num_facts * self.num_rounds, seed=f"{self.seed}/{index}", first_kind=index)
+            dice = random.Random(f"places/{self.seed}/{index}")
+            rows.append(_plant(self, plain, own, tokenize, breaks_V, dice))
+            facts.append(own)
+        return Planted(torch.tensor(rows), facts, tokenize, breaks_V)
+
+    def examine(self, setting: Setting, reader: Reader, texts: Planted, number: int) -> dict[str, list[float]]:
+        """Ask for facts of every age; the figures are named metric/age/wording/view."""
+        found: dict[str, list[float]] = {}
+        for age in self.ages:
+            planted = number - age  # rounds before the one that absorbed the fact
+            if planted < 0:
+                continue
+            for wording in WORDINGS:
+                asked = [own[planted * self.num_facts :][: self.num_facts] for own in texts.facts]
+                if (planted, wording) not in texts.in_view:
+                    context_BN = texts.token_ids_BT[:, planted * self.context_tokens :][:, : self.context_tokens]
+                    texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.tokenize)
+                answers = {"full": texts.in_view[planted, wording]}
+                with reader.speaking():
+                    for view, prefix_BT in (("contextless", reader.contextless()), ("windowed", reader.windowed())):
+                        answers[view] = ask(setting, prefix_BT, asked, wording, texts.tokenize)
+                for view, metrics in answers.items():
+                    found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
+        return found
+
+    def to_records(
+        self,
+        method: str,
+        method_config: dict[str, Any],
+        measured: Sequence[Checkpoint],
+        reference: Sequence[Checkpoint],
+        facts: dict[str, Any],
+    ) -> list[Record]:
+        """Write what a method measured as records; there is no reference."""
+        records = []
+        for checkpoint in measured:
+            record = partial(self.record, method, method_config, facts, checkpoint)
+            for name, answers in checkpoint.metrics.items():
+                metric, age, wording, view = name.split("/")
+                place = {"age": int(age), "wording": wording, "view": view}
+                own = _by_stream(self, answers)
+                unit = "ratio" if metric == "recall_exact" else "nats"
+                records.append(record(metric, own, unit, **place, fact_kind="all"))
+                if metric != "recall_exact":
+                    continue
+                if view != "windowed":
+                    for kind, of_kind in _by_kind(self, answers, checkpoint.round - int(age)).items():
+                        records.append(record(metric, of_kind, "ratio", **place, fact_kind=kind))
+                if view != "full":
+                    full = _by_stream(self, checkpoint.metrics[f"{metric}/{age}/{wording}/full"])
+                    share = record("recall_share", own, "ratio", **place, fact_kind="all")
+                    # The share of what full attention answers is a gap closed from zero.
+                    negated = ([-exact for exact in exacts] for exacts in (own, full))
+                    records.append(as_gap(share, [0.0] * len(own), *negated))
+        return records
 
 
 def _plant(
@@ -170,71 +171,6 @@ def _plant(
         for start, end, line in zip([0, *places], [*places, room], [*lines, []], strict=True):
             row += [*text[start:end], *line]
     return row + list(plain[used : used + task.sync_tokens])
-
-
-def measure(
-    task: Recall,
-    method: Method,
-    backbone: Backbone,
-    texts: Planted,
-    *,
-    sink_id: int,
-    on_round: Callable[[int], None] = lambda number: None,
-) -> Iterator[Checkpoint]:
-    """Let a method read the streams, and ask it.
-
-    Args:
-        task: The protocol's settings.
-        method: The method.
-        backbone: The model.
-        texts: From `prepare`; the answers with the context in view are filled in when first needed.
-        sink_id: First token of every input.
-        on_round: Called after each round.
-
-    Yields:
-        One checkpoint after another; its metrics are named metric/age/wording/view.
-    """
-    setting = Setting(
-        backbone=backbone,
-        stream=task.stream,
-        sink_id=sink_id,
-        num_streams=task.num_streams,
-        seed=task.seed,
-        breaks_V=texts.breaks_V,
-    )
-    reader, seconds, read = method.begin(setting), 0.0, 0
-    for number in range(task.num_rounds + 1):
-        end = task.sync_tokens + task.context_tokens * number
-        started = time.perf_counter()
-        reader.read(texts.token_ids_BT[:, read:end])
-        read = end
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        if number in task.checkpoints:
-            yield Checkpoint(number, _examine(task, setting, reader, texts, number), seconds)
-        if number:
-            on_round(number)
-
-
-def _examine(task: Recall, setting: Setting, reader: Reader, texts: Planted, number: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for age in task.ages:
-        planted = number - age  # rounds before the one that absorbed the fact
-        if planted < 0:
-            continue
-        for wording in WORDINGS:
-            asked = [own[planted * task.num_facts :][: task.num_facts] for own in texts.facts]
-            if (planted, wording) not in texts.in_view:
-                context_BN = texts.token_ids_BT[:, planted * task.context_tokens :][:, : task.context_tokens]
-                texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.tokenize)
-            answers = {"full": texts.in_view[planted, wording]}
-            with reader.speaking():
-                for view, prefix_BT in (("contextless", reader.contextless()), ("windowed", reader.windowed())):
-                    answers[view] = ask(setting, prefix_BT, asked, wording, texts.tokenize)
-            for view, metrics in answers.items():
-                found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
-    return found
 
 
 @torch.no_grad()
@@ -278,48 +214,6 @@ def ask(
         found["recall_exact"].append(float((logits.argmax(dim=-1) == answer_T).all()))
         found["recall_nll"].append(float(torch.nn.functional.cross_entropy(logits, answer_T, reduction="sum")))
     return found
-
-
-def to_records(
-    task: Recall,
-    method: str,
-    method_config: dict[str, Any],
-    measured: Sequence[Checkpoint],
-    facts: dict[str, Any],
-) -> list[Record]:
-    """Write what a method measured as records.
-
-    Args:
-        task: The protocol's settings.
-        method: Its name.
-        method_config: Its settings.
-        measured: Its checkpoints.
-        facts: Model, device, dtype, versions, git.
-    """
-    records = []
-
-    def add(checkpoint: Checkpoint, metric: str, values: Sequence[float], unit: str, place: dict[str, Any]) -> None:
-        records.append(to_record(task, method, method_config, facts, checkpoint, metric, values, unit, place))
-
-    for checkpoint in measured:
-        for name, answers in checkpoint.metrics.items():
-            metric, age, wording, view = name.split("/")
-            place: dict[str, Any] = {"age": int(age), "wording": wording, "view": view, "fact_kind": "all"}
-            own = _by_stream(task, answers)
-            add(checkpoint, metric, own, "ratio" if metric == "recall_exact" else "nats", place)
-            if metric != "recall_exact":
-                continue
-            if view != "windowed":
-                for kind, of_kind in _by_kind(task, answers, checkpoint.round - int(age)).items():
-                    add(checkpoint, metric, of_kind, "ratio", place | {"fact_kind": kind})
-            if view != "full":
-                full = _by_stream(task, checkpoint.metrics[f"{metric}/{age}/{wording}/full"])
-                # The share of what full attention answers, with its paired interval, is a gap closed from zero.
-                value, low, high = gap_interval([0.0] * len(own), [-share for share in own], [-share for share in full])
-                add(checkpoint, "recall_share", own, "ratio", place)
-                ends = {"ci95_low": low, "ci95_high": high} if low == low else {"ci95_low": None, "ci95_high": None}
-                records[-1] = dataclasses.replace(records[-1], value=value, per_sample=[], **ends)
-    return records
 
 
 def _by_stream(task: Recall, answers: Sequence[float]) -> list[float]:

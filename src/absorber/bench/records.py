@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from absorber.errors import BenchmarkError
+from absorber.models import DEFAULT_MODEL
 
 _RESAMPLES = 2000
 
@@ -70,6 +71,11 @@ class Record:
         """What makes two records the same measurement."""
         parts = [self.task, self.method, self.model, self.seed, self.config, self.device, self.dtype]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_label(name: str) -> str:
+    """Name a model as a table or figure has to: the default weights are 4-bit in origin."""
+    return f"{name} (weights 4-bit in origin)" if name == DEFAULT_MODEL else name
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:

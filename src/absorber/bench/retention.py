@@ -6,90 +6,24 @@ After each round the next 512 tokens are scored given the window and the memory 
 Shapes: B streams, T tokens, P of the passage, D hidden.
 """
 
-import dataclasses
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone, sentence_breaks
+from absorber.backbone import sentence_breaks
 from absorber.bench.data import Kind, Split, documents, streams
-from absorber.bench.methods import Method, Reader, Setting
+from absorber.bench.methods import Reader, Setting
 from absorber.bench.methods.full import Full
-from absorber.bench.records import Record, gap_interval
+from absorber.bench.records import Record
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
-from absorber.bench.task import Checkpoint, to_record
-from absorber.config import StreamConfig
+from absorber.bench.task import Checkpoint, Task, as_gap
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """The protocol's settings."""
-
-    name: ClassVar[str] = "retention"
-    """What its records call the task."""
-    reference: ClassVar[str | None] = "truncation"
-    """Without memory; no gap can be computed without it."""
-    kind: Kind = "books"
-    """What is streamed."""
-    split: Split = "report"
-    """Which half of the documents."""
-    num_rounds: int = 10
-    """Rounds; the stream has m + n * rounds tokens."""
-    num_streams: int = 24
-    """B."""
-    context_tokens: int = 512
-    """n."""
-    sync_tokens: int = 1024
-    """m."""
-    passage_tokens: int = 512
-    """P."""
-    seed: int = 0
-    """Of streams and methods."""
-
-    @property
-    def stream(self) -> StreamConfig:
-        """n and m."""
-        return StreamConfig(context_tokens=self.context_tokens, sync_tokens=self.sync_tokens)
-
-    @property
-    def checkpoints(self) -> list[int]:
-        """After which rounds is measured: each of the first ten, then every tenth."""
-        return [number for number in range(1, self.num_rounds + 1) if number <= 10 or number % 10 == 0]
-
-    def config(self) -> dict[str, Any]:
-        """What a record says of the task."""
-        values = dataclasses.asdict(self)
-        del values["seed"]
-        return values
-
-    def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> "Streams":
-        """See `prepare`."""
-        return prepare(self, model, tokenizer, data_dir)
-
-    def measure(
-        self, method: Method, backbone: Backbone, texts: "Streams", *, sink_id: int, on_round: Callable[[int], None]
-    ) -> Iterator[Checkpoint]:
-        """See `measure`."""
-        return measure(self, method, backbone, texts, sink_id=sink_id, on_round=on_round)
-
-    def to_records(
-        self,
-        method: str,
-        method_config: dict[str, Any],
-        measured: Sequence[Checkpoint],
-        reference: Sequence[Checkpoint],
-        facts: dict[str, Any],
-    ) -> list[Record]:
-        """See `to_records`."""
-        return to_records(self, method, method_config, measured, reference, facts)
 
 
 @dataclass(slots=True)
@@ -108,76 +42,75 @@ class Streams:
     """Without memory [B] by kind."""
 
 
-def prepare(
-    task: Retention, model: Any, tokenizer: Any, data_dir: Path, *, drift_kinds: Sequence[Kind] = DRIFT_KINDS
-) -> Streams:
-    """Read and tokenize what a run needs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention(Task):
+    """The protocol's settings."""
 
-    Raises:
-        BenchmarkError: If there is too little text.
-    """
-    length = task.sync_tokens + task.context_tokens * task.num_rounds + task.passage_tokens
+    name: ClassVar[str] = "retention"
+    reference: ClassVar[str | None] = "truncation"
+    num_rounds: int = 10
+    passage_tokens: int = 512
+    """P."""
 
-    def cut(kind: Kind, split: Split, num_tokens: int) -> Tensor:
-        pairs = documents(kind, data_dir, split)
-        return streams(tokenizer, pairs, kind=kind, num_streams=task.num_streams, num_tokens=num_tokens, seed=task.seed)
+    @property
+    def checkpoints(self) -> list[int]:
+        """After which rounds is measured: each of the first ten, then every tenth."""
+        return [number for number in range(1, self.num_rounds + 1) if number <= 10 or number % 10 == 0]
 
-    other: Split = "choose" if task.split == "report" else "report"
-    return Streams(
-        token_ids_BT=cut(task.kind, task.split, length),
-        breaks_V=sentence_breaks(tokenizer, model),
-        drift={kind: cut(kind, other, task.passage_tokens) for kind in drift_kinds},
-    )
+    def prepare(
+        self, model: Any, tokenizer: Any, data_dir: Path, *, drift_kinds: Sequence[Kind] = DRIFT_KINDS
+    ) -> Streams:
+        """Read and tokenize what a run needs.
 
+        Raises:
+            BenchmarkError: If there is too little text.
+        """
 
-def measure(
-    task: Retention,
-    method: Method,
-    backbone: Backbone,
-    texts: Streams,
-    *,
-    sink_id: int,
-    on_round: Callable[[int], None] = lambda number: None,
-) -> Iterator[Checkpoint]:
-    """Let a method read the streams and score it after each checkpoint.
+        def cut(kind: Kind, split: Split, num_tokens: int) -> Tensor:
+            pairs = documents(kind, data_dir, split)
+            return streams(
+                tokenizer, pairs, kind=kind, num_streams=self.num_streams, num_tokens=num_tokens, seed=self.seed
+            )
 
-    Args:
-        task: The protocol's settings.
-        method: The method.
-        backbone: The model.
-        texts: From `prepare`; the references are filled in when first needed.
-        sink_id: First token of every input.
-        on_round: Called after each round.
+        length = self.sync_tokens + self.context_tokens * self.num_rounds + self.passage_tokens
+        other: Split = "choose" if self.split == "report" else "report"
+        return Streams(
+            token_ids_BT=cut(self.kind, self.split, length),
+            breaks_V=sentence_breaks(tokenizer, model),
+            drift={kind: cut(kind, other, self.passage_tokens) for kind in drift_kinds},
+        )
 
-    Yields:
-        One checkpoint after another.
-    """
-    setting = Setting(
-        backbone=backbone,
-        stream=task.stream,
-        sink_id=sink_id,
-        num_streams=task.num_streams,
-        seed=task.seed,
-        breaks_V=texts.breaks_V,
-    )
-    reader = method.begin(setting)
-    seconds = 0.0
-    for number in range(task.num_rounds + 1):
-        begin = task.sync_tokens + task.context_tokens * (number - 1) if number else 0
-        end = task.sync_tokens + task.context_tokens * number
-        started = time.perf_counter()
-        reader.read(texts.token_ids_BT[:, begin:end])
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
-        if number in task.checkpoints:
-            passage_BP = texts.token_ids_BT[:, end : end + task.passage_tokens]
-            if number not in texts.full_BPD:
-                texts.full_BPD[number] = _full(setting, texts.token_ids_BT[:, :end], passage_BP)
-            metrics = _score(setting, reader, texts, passage_BP, texts.full_BPD[number])
-            yield Checkpoint(number, metrics, seconds)
-        if number:
-            on_round(number)
+    def examine(self, setting: Setting, reader: Reader, texts: Streams, number: int) -> dict[str, list[float]]:
+        """Score the passage that follows, and unrelated text."""
+        end = self.sync_tokens + self.context_tokens * number
+        passage_BP = texts.token_ids_BT[:, end : end + self.passage_tokens]
+        if number not in texts.full_BPD:
+            texts.full_BPD[number] = _full(setting, texts.token_ids_BT[:, :end], passage_BP)
+        return _score(setting, reader, texts, passage_BP, texts.full_BPD[number])
+
+    def to_records(
+        self,
+        method: str,
+        method_config: dict[str, Any],
+        measured: Sequence[Checkpoint],
+        reference: Sequence[Checkpoint],
+        facts: dict[str, Any],
+    ) -> list[Record]:
+        """Write what a method measured as records; the reference is `truncation`, without memory."""
+        records = []
+        without = {checkpoint.round: checkpoint.metrics for checkpoint in reference}
+        for checkpoint in measured:
+            own = partial(self.record, method, method_config, facts, checkpoint)
+            for name, values in checkpoint.metrics.items():
+                metric, _, kind = name.partition("/")
+                if metric != "full_nll":
+                    records.append(own(metric, values, "nats", **({"drift_kind": kind} if kind else {})))
+            for view in ("windowed", "contextless"):
+                nll_B = checkpoint.metrics[f"{view}_nll"]
+                gap = own(f"{view}_gap_closed", nll_B, "ratio")
+                none_B, full_B = without[checkpoint.round][f"{view}_nll"], checkpoint.metrics["full_nll"]
+                records.append(as_gap(gap, none_B, nll_B, full_B))
+        return records
 
 
 def _full(setting: Setting, read_BT: Tensor, passage_BP: Tensor) -> Tensor:
@@ -211,42 +144,3 @@ def _score(
             nll_B = passage_nll(backbone, states(nothing_BT, unrelated_BP), unrelated_BP)
             found[f"drift_nll/{kind}"] = nll_B - texts.drift_nll[kind]
     return {name: value_B.tolist() for name, value_B in found.items()}
-
-
-def to_records(
-    task: Retention,
-    method: str,
-    method_config: dict[str, Any],
-    measured: Sequence[Checkpoint],
-    reference: Sequence[Checkpoint],
-    facts: dict[str, Any],
-) -> list[Record]:
-    """Write what a method measured as records.
-
-    Args:
-        task: The protocol's settings.
-        method: Its name.
-        method_config: Its settings.
-        measured: Its checkpoints.
-        reference: Those of `truncation` on the same streams: without memory.
-        facts: Model, device, dtype, versions, git.
-    """
-    records = []
-    without = {checkpoint.round: checkpoint.metrics for checkpoint in reference}
-
-    def add(checkpoint: Checkpoint, metric: str, values: Sequence[float], unit: str, **extra: Any) -> None:
-        records.append(to_record(task, method, method_config, facts, checkpoint, metric, values, unit, extra))
-
-    for checkpoint in measured:
-        for name, values in checkpoint.metrics.items():
-            metric, _, kind = name.partition("/")
-            if metric != "full_nll":
-                add(checkpoint, metric, values, "nats", **({"drift_kind": kind} if kind else {}))
-        for view in ("windowed", "contextless"):
-            none = without[checkpoint.round][f"{view}_nll"]
-            own, full = checkpoint.metrics[f"{view}_nll"], checkpoint.metrics["full_nll"]
-            value, low, high = gap_interval(none, own, full)
-            ends = {"ci95_low": low, "ci95_high": high} if math.isfinite(low) else {"ci95_low": None, "ci95_high": None}
-            add(checkpoint, f"{view}_gap_closed", own, "ratio")
-            records[-1] = dataclasses.replace(records[-1], value=value, per_sample=[], **ends)
-    return records

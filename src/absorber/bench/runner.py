@@ -12,7 +12,7 @@ import torch
 from absorber.backbone import base_name, inspect, sink_token
 from absorber.bench.methods import METHODS, Method
 from absorber.bench.records import Record, append_records, environment, read_records
-from absorber.bench.task import Checkpoint, Task, to_record
+from absorber.bench.task import Checkpoint, Task
 from absorber.errors import AbsorberError
 
 
@@ -79,7 +79,7 @@ def run_task(
     reference: list[Checkpoint] = []
     for name, method in methods.items():
         label, blank = labels.get(name, {}), Checkpoint(0, {}, 0.0)
-        probe = to_record(task, name, method.config(), facts, blank, "", [0.0], "", label)
+        probe = task.record(name, method.config(), facts, blank, "", [0.0], "", **label)
         done = known.get(_identity(probe))
         if done:
             listener.say(f"{name}: already measured, in {output}")

@@ -7,7 +7,7 @@ from cyclopts import App
 
 from absorber.cli.bench_ablation import ablation, show_ablation
 from absorber.cli.bench_recall import recall, show_recall
-from absorber.cli.bench_run import make_task, read_tables, run_methods
+from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.console import Output
 from absorber.cli.options import JsonFlag, ModelFlag
 from absorber.errors import BenchmarkError
@@ -89,8 +89,7 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
         draw_retention(records, picture, kind=kind)
     elif picture is not None:
         draw_recall([record for record in found if record.task == "recall"], picture, kind=kind)
-    if records:
-        _show(report, records)
+    _show(report, found)
     show_recall(report, found)
     show_ablation(report, found)
     return 0
@@ -99,7 +98,4 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
 def _show(report: Output, records: "list[Record]") -> None:
     from absorber.bench.figures import retention_rows
 
-    heads, rows = retention_rows(records)
-    report.table(rows, heads=heads)
-    for row in rows:
-        report.event("row", **dict(zip(heads, row, strict=True)))
+    show_rows(report, *retention_rows([record for record in records if record.task == "retention"]))

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from absorber.cli.bench_run import listener
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
 from absorber.cli.options import JsonFlag, ModelFlag
-from absorber.errors import AbsorberError, ConfigError
+from absorber.errors import ConfigError
 
 if TYPE_CHECKING:
     from absorber.bench.records import Record
@@ -49,7 +50,6 @@ def ablation(
     """
     report = Output(json_lines=json)
     from absorber.bench.ablation import Ablation, cells, run_ablation
-    from absorber.bench.runner import Listener
 
     options: dict[str, Any] = {"kind": kind, "split": split, "num_tokens": tokens, "num_streams": streams, "seed": seed}
     task = Ablation(**options)
@@ -60,17 +60,8 @@ def ablation(
     if data_dir is None or output is None:
         raise ConfigError("measuring needs --data-dir and --output; --list shows what there is to measure")
     loaded = open_model(model, report, device=device)
-
-    def on_failure(name: str, error: AbsorberError) -> None:
-        report.event("failed", variant=name, type=type(error).__name__, message=str(error))
-        report.say(f"{name} failed: {error}")
-
-    listener = Listener(
-        say=report.say,
-        on_round=lambda name, number: report.event("progress", variant=name, round=number),
-        on_failure=on_failure,
-    )
-    records = run_ablation(task, *loaded, tables=tables, data_dir=data_dir, output=output, listener=listener)
+    heard = listener(report, "variant")
+    records = run_ablation(task, *loaded, tables=tables, data_dir=data_dir, output=output, listener=heard)
     show_ablation(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absorber.cli.bench_run import make_task, read_tables, run_methods
+from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.console import Output
 from absorber.cli.options import JsonFlag, ModelFlag
 
@@ -61,9 +61,4 @@ def show_recall(report: Output, records: "Sequence[Record]") -> None:
     """Show a table of those records that are of recall."""
     from absorber.bench.figures import recall_rows
 
-    heads, rows = recall_rows([record for record in records if record.task == "recall"])
-    if not rows:
-        return
-    report.table(rows, heads=heads)
-    for row in rows:
-        report.event("row", **dict(zip(heads, row, strict=True)))
+    show_rows(report, *recall_rows([record for record in records if record.task == "recall"]))

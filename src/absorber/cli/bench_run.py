@@ -11,7 +11,9 @@ from absorber.cli.opening import open_model
 from absorber.errors import AbsorberError, ConfigError
 
 if TYPE_CHECKING:
+    from absorber.bench.figures import Row
     from absorber.bench.records import Record
+    from absorber.bench.runner import Listener
     from absorber.bench.task import Task
 
 
@@ -62,7 +64,7 @@ def run_methods(
 ) -> "list[Record]":
     """Load the model and measure methods, all if none is named; the table [absorb] changes the method absorber."""
     from absorber.bench.methods import METHODS, LoRA, method
-    from absorber.bench.runner import Listener, run_task
+    from absorber.bench.runner import run_task
 
     chosen = {name: method(name) for name in names or METHODS}
     if tables.get("absorb") and "absorber" in chosen:
@@ -70,14 +72,27 @@ def run_methods(
         assert isinstance(own, LoRA)
         chosen["absorber"] = LoRA(own.absorb_config.replace(**tables["absorb"]))
     loaded = open_model(model, report, device=device)
+    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
+
+
+def listener(report: Output, what: str) -> "Listener":
+    """Tell the user how a run goes; `what` is what its events call the things that are measured."""
+    from absorber.bench.runner import Listener
 
     def on_failure(name: str, error: AbsorberError) -> None:
-        report.event("failed", method=name, type=type(error).__name__, message=str(error))
+        report.event("failed", **{what: name}, type=type(error).__name__, message=str(error))
         report.say(f"{name} failed: {error}")
 
-    listener = Listener(
+    return Listener(
         say=report.say,
-        on_round=lambda name, number: report.event("progress", method=name, round=number),
+        on_round=lambda name, number: report.event("progress", **{what: name}, round=number),
         on_failure=on_failure,
     )
-    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener)
+
+
+def show_rows(report: Output, heads: "Row", rows: "Sequence[Row]") -> None:
+    """Show a table, if it has rows."""
+    if rows:
+        report.table(rows, heads=heads)
+    for row in rows:
+        report.event("row", **dict(zip(heads, row, strict=True)))
