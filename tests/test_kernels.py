@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from absorber import kernels
+from absorber import kernels, synchronization
 from absorber.adapter import add_low_rank
 from absorber.synchronization import weighted_losses
 
@@ -41,6 +41,34 @@ def test_losses_of_many_rows_do_not_see_their_own_slopes():
     for _ in range(5):
         ours = kernels.weighted_losses(student.clone(), None, next_ids, weight, weight)
         torch.testing.assert_close(ours, loss, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 8])
+def test_pieces_of_a_text_may_be_one_token_long(monkeypatch, num_tokens):
+    """Slices of one token are views with strides of their own, which the kernel once read as if they had none."""
+    num_streams, vocabulary = 3, 40
+    head = random(vocabulary, 16, seed=9)
+    student, teacher = (random(num_streams, num_tokens, 16, seed=seed) for seed in (10, 11))
+    token_ids = torch.arange(num_streams * num_tokens, device=DEVICE).reshape(num_streams, num_tokens)
+    monkeypatch.setitem(synchronization.LOGITS_AT_ONCE, DEVICE, 4 * vocabulary * num_streams)  # 4 tokens at once
+
+    def run():
+        hidden = student.clone().requires_grad_()
+        loss = synchronization.distribution_loss(
+            hidden,
+            synchronization.Target(layers=(), finals=((1.0, teacher),)),
+            token_ids,
+            lambda states: states @ head.T,
+            kl_weight=0.3,
+            next_token_weight=1.0,
+        )
+        return [loss, *torch.autograd.grad(loss.sum(), hidden)]
+
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    plain = run()
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    for ours, twin in zip(run(), plain, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 200), (200, 8), (64, 64)])

@@ -32,7 +32,7 @@ def weighted_losses(
 
     Args:
         student_NV: Logits of q, contiguous; overwritten with the derivative of the loss by them.
-        teacher_NV: Logits of p, contiguous; None for no KL.
+        teacher_NV: Logits of p; None for no KL.
         next_ids_N: The tokens that the next-token loss scores.
         kl_weight_N: a, float32.
         nll_weight_N: b, float32.
@@ -44,10 +44,11 @@ def weighted_losses(
     loss_N = torch.empty(num_positions, device=student_NV.device)
     _weighted_losses[(num_positions,)](
         student_NV,
-        student_NV if teacher_NV is None else teacher_NV,
-        next_ids_N,
-        kl_weight_N,
-        nll_weight_N,
+        student_NV if teacher_NV is None else teacher_NV.contiguous(),
+        # Not contiguous where a piece of a text is one token long: such a slice is a view after `reshape`.
+        next_ids_N.contiguous(),
+        kl_weight_N.contiguous(),
+        nll_weight_N.contiguous(),
         loss_N,
         vocabulary,
         HAS_TEACHER=teacher_NV is not None,

@@ -164,7 +164,7 @@ class _DistributionLoss(torch.autograd.Function):
 def _losses_and_slope(student_logits: Tensor, piece: slice, work: _Work) -> tuple[Tensor, Tensor]:
     """The loss of each position of a piece, and its derivative by the student's logits, which may be overwritten."""
     shape = student_logits.shape[:2]
-    student_NV = student_logits.flatten(0, 1)
+    student_NV = student_logits.flatten(0, 1).contiguous()
     next_ids_N = work.next_ids_BT[:, piece].reshape(-1)
     weights = [weight_T[piece].expand(shape).reshape(-1) for weight_T in (work.kl_weight_T, work.nll_weight_T)]
     teachers = [(share, work.logits(final[:, piece]).flatten(0, 1)) for share, final in work.finals]
