@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import absorber.student
+import absorber.study
 from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Past
+from absorber.study import begin
 from architectures import build
 
 CONFIG = AbsorbConfig(
@@ -35,12 +37,13 @@ def test_without_masks_the_model_reads_the_same_and_is_put_back(backbone):
 
 def rounds(backbone):
     adapter, losses = Adapter.fresh(backbone, CONFIG, num_streams=3), []
-    past = []
+    past, studied = [], []
     generator = torch.Generator().manual_seed(0)
     for number in range(1, 4):
         draw = lambda length: torch.randint(0, 90, (3, length), generator=generator).to(backbone.device)  # noqa: E731
         context, subsequent = draw(32), draw(48)
         anchors = draw(16)
+        begin(backbone, adapter, context, anchors, CONFIG, sink_id=0)
         results = absorb_context(
             backbone,
             adapter,
@@ -49,11 +52,13 @@ def rounds(backbone):
             CONFIG,
             sink_id=0,
             study_BS=context[:, :16],
+            studied=studied,
             past=past,
             anchors=anchors,
             round_number=number,
         )
-        past.append(Past(context, subsequent, context[:, :16]))
+        past.append(Past(context, subsequent))
+        studied.append(context[:, :16])
         losses.append(torch.tensor([result.losses for result in results]))
     return losses
 
@@ -62,6 +67,7 @@ def rounds(backbone):
 def test_a_recorded_round_goes_as_a_usual_one(monkeypatch):
     backbone = inspect(build("llama").to("cuda"))
     recorded = rounds(backbone)
-    monkeypatch.setattr(absorber.student, "graphs_of", lambda *args: None)
+    for module in (absorber.student, absorber.study):
+        monkeypatch.setattr(module, "graphs_of", lambda *args: None)
     for ours, usual in zip(recorded, rounds(backbone), strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-3, atol=1e-3)

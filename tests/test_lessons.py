@@ -12,16 +12,14 @@ from absorber.subsequent import write_from_nothing
 from architectures import ARCHITECTURES, build
 
 CONFIG = AbsorbConfig(rank=2, max_steps=16, replay_share=0.5, anchor_share=0.2, anchor_texts=6, anchor_tokens=10)
-NOTHING = torch.zeros(1, 0, dtype=torch.long)
-PAIRS = [Past(torch.full((1, 4), number), torch.full((1, 6), number), NOTHING) for number in range(5)]
+PAIRS = [Past(torch.full((1, 4), number), torch.full((1, 6), number)) for number in range(5)]
 ANCHORS = torch.arange(60).reshape(6, 10)
 
 
-def lessons(config=CONFIG, *, replayed=PAIRS, anchors=ANCHORS, round_number=1, length=24, study_BS=NOTHING):
+def lessons(config=CONFIG, *, replayed=PAIRS, anchors=ANCHORS, round_number=1, length=24):
     own = Lesson(torch.ones(1, 8, dtype=torch.long), torch.arange(length)[None], 0, config.segments)
     return Lessons(
         own,
-        study_BS=study_BS,
         past=replayed,
         anchors=anchors,
         config=config,
@@ -33,7 +31,7 @@ def plan(config=CONFIG, **more):
     """One entry a step, and one for the look after the last."""
     drawn, kinds = lessons(config, **more), []
     for step in range(config.max_steps + 1):
-        lesson, _ = drawn.of_step(step)
+        lesson = drawn.of_step(step)
         kinds.append("own" if lesson is drawn.own else "anchor" if lesson.is_anchor else int(lesson.context_BN[0, 0]))
     return kinds
 
@@ -99,7 +97,7 @@ def test_pieces_divide_the_text_and_have_two_tokens_or_more(segments):
 def test_anchors_are_different_texts_about_as_long_as_the_rounds(length, expected):
     config, chosen = CONFIG.replace(anchor_share=1.0), set()
     for number in range(1, 30):
-        lesson = lessons(config, round_number=number, length=length).of_step(1)[0]
+        lesson = lessons(config, round_number=number, length=length).of_step(1)
         texts = lesson.subsequent_BM[0].reshape(-1, 10).tolist()
         assert lesson.pieces(0) == lesson.pieces(3) == len(texts) == expected
         assert len({tuple(text) for text in texts}) == expected
@@ -110,46 +108,16 @@ def test_anchors_are_different_texts_about_as_long_as_the_rounds(length, expecte
     assert len(chosen) == 6
 
 
-# --- Study
-
-STUDY = CONFIG.replace(study="light", study_tokens=4, study_cue=1)
-STUDIED = [Past(x, y, torch.full((1, 8), 100 + number)) for number, (x, y, _) in enumerate(PAIRS)]
-
-
-def studied(config=STUDY, **more):
-    drawn = lessons(config, study_BS=torch.full((1, 12), 99), **more)
-    return [drawn.of_step(step)[1] for step in range(config.max_steps + 1)]
-
-
-def test_every_step_studies_its_round_and_an_earlier_one_and_the_last_look_none():
-    earlier = set()
-    for number in range(1, 20):
-        *steps, look = studied(replayed=STUDIED, round_number=number)
-        assert look.shape == (1, 0)
-        for passages in steps:
-            own, other = passages[0, :12], passages[0, 12:]
-            assert set(own.tolist()) == {99}
-            assert len(other) == 8
-            earlier |= set(other.tolist())
-    assert earlier == {100, 101, 102, 103, 104}
-    assert all(passages.shape == (1, 12) for passages in studied(replayed=[])[:-1])
-
-
-def test_without_passages_nothing_is_studied_and_the_plan_is_the_same():
-    assert all(passages.shape == (1, 0) for _, passages in map(lessons(STUDY).of_step, range(17)))
-    assert plan(STUDY) == plan(CONFIG)
-
-
 # --- The reservoir
 
 
 def fill(size, rounds, *, seed=0, start=None, since=1):
     reservoir = Reservoir(size, seed=seed)
-    reservoir.rounds = list(start or [])
+    reservoir.items = list(start or [])
     for number in range(since, rounds + 1):
-        reservoir.add(Past(number, number, number), round_number=number)
-        assert len(reservoir.rounds) <= size
-    return reservoir.rounds
+        reservoir.add(number, round_number=number)
+        assert len(reservoir.items) <= size
+    return reservoir.items
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 20])
@@ -162,7 +130,7 @@ def test_a_reservoir_is_never_larger_than_its_size(size):
 
 def test_every_round_is_as_likely_as_any_other():
     size, rounds, seeds = 3, 12, 2000
-    counts = Counter(number for seed in range(seeds) for number, *_ in fill(size, rounds, seed=seed))
+    counts = Counter(number for seed in range(seeds) for number in fill(size, rounds, seed=seed))
     for number in range(1, rounds + 1):
         assert counts[number] / seeds == pytest.approx(size / rounds, abs=0.04)  # four standard deviations
 

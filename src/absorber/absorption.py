@@ -25,7 +25,9 @@ from absorber.backbone import Backbone, check_positions, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.lessons import Lesson, Lessons, Past
+from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.student import gradients, synchronization_loss
+from absorber.study import learn
 from absorber.synchronization import Target
 from absorber.teacher import teach
 
@@ -37,8 +39,8 @@ class RoundResult:
     """What one stream's round did."""
 
     losses: list[float] = field(default_factory=list)
-    """Synchronization loss on the round's own text: before the first step and each other step on that text, and after
-    the last step."""
+    """Synchronization loss on the round's own text: before study, before the first step and each other step on that
+    text, and after the last step."""
     num_steps: int = 0
     """Optimizer steps taken."""
     outcome: Outcome = "absorbed"
@@ -63,6 +65,7 @@ def absorb_context(
     sink_id: int,
     num_generated: int = 0,
     study_BS: Tensor | None = None,
+    studied: Sequence[Tensor] = (),
     past: Sequence[Past] = (),
     anchors: Tensor | None = None,
     round_number: int = 1,
@@ -80,7 +83,9 @@ def absorb_context(
         sink_id: First token of teacher and student if `config.sink` is "shared".
         num_generated: How many of the last tokens of Y the model wrote itself. The next-token term leaves them
             out, for they tell nothing about the stream.
-        study_BS: Passages of X to be learned by heart, from `subsequent.choose_passages`.
+        study_BS: Passages of X to be learned by heart before, from `study.choose_passages`; the adapter's part for them
+            has begun (`study.begin`).
+        studied: Those of earlier rounds, to be studied again.
         past: Earlier rounds, to train on again.
         anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
         round_number: Decides together with the seed which step trains on what.
@@ -114,18 +119,20 @@ def absorb_context(
     before = adapter.snapshot()
     moments = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
     results = [RoundResult() for _ in range(num_streams)]
-    optimizer = optimizer or new_optimizer(adapter, config)
+    optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
         with untouched(backbone.model), adapter.attached(backbone):
             own = Lesson(context_BN, subsequent_BM, num_generated, config.segments)
             lessons = Lessons(
                 own,
-                study_BS=context_BN[:, :0] if study_BS is None else study_BS,
                 past=past,
                 anchors=anchors,
                 config=config,
                 round_number=round_number,
             )
+            if study_BS is not None:
+                _look(backbone, adapter, before, lessons.own, results, config, sink_id=sink)
+                learn(backbone, adapter, study_BS, studied, config, sink_id=sink, round_number=round_number)
             _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:
@@ -148,6 +155,33 @@ def absorb_context(
     return results
 
 
+@torch.no_grad()
+def _look(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    own: Lesson,
+    results: list[RoundResult],
+    config: AbsorbConfig,
+    *,
+    sink_id: int | None,
+) -> None:
+    """Write down the losses on the round's own text before study, so that a round is judged with what study does."""
+    own.target = _teach(backbone, adapter, before, own, config, sink_id=sink_id)
+    loss_B = synchronization_loss(backbone, adapter, before, own, config, sink_id=sink_id, segments=own.pieces(0))
+    _check_finite(loss_B)
+    for result, loss in zip(results, loss_B.tolist(), strict=True):
+        result.losses.append(loss)
+
+
+def _check_finite(loss_B: Tensor) -> None:
+    if not loss_B.isfinite().all():
+        raise DivergedError(
+            f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
+            "non-finite states for this text. Check the model's weights, or load it with dtype float32"
+        )
+
+
 def _train(
     backbone: Backbone,
     adapter: Adapter,
@@ -161,10 +195,11 @@ def _train(
     on_step: Callable[[int, Tensor], None] | None,
 ) -> None:
     """Lines 1 to 3 of Algorithm 1, with the teacher asked when a lesson first comes up."""
+    first_look = not results[0].losses
     running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
     for step in range(config.max_steps + 1):  # line 3; the last turn only looks
         last = step == config.max_steps
-        lesson, passages_BS = lessons.of_step(step)
+        lesson = lessons.of_step(step)
         if lesson.target is None:
             lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
         pieces = lesson.pieces(0 if last else step)
@@ -174,23 +209,20 @@ def _train(
                     backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces
                 )
         else:
-            loss_B = gradients(
-                backbone, adapter, before, lesson, passages_BS, config, running_B, sink_id=sink_id, segments=pieces
-            )
+            loss_B = gradients(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=pieces)
         own = lesson is lessons.own
         if own:
             own_loss_B = loss_B
         if on_step is not None:
             on_step(step, own_loss_B)
         running_B = _note(results, loss_B, running_B, config.threshold, own=own)
-        if step == 0 and not loss_B.isfinite().all():
-            raise DivergedError(
-                f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
-                "non-finite states for this text. Check the model's weights, or load it with dtype float32"
-            )
+        if first_look and step == 0:
+            _check_finite(loss_B)
         if last or not running_B.any():
             break
-        _step(optimizer, adapter, running_B, _learning_rate(step, config), config)
+        take_step(
+            optimizer, adapter, running_B, scheduled(config.learning_rate, step, config.max_steps, config), config
+        )
         for index in running_B.nonzero().flatten().tolist():
             results[index].num_steps += 1
 
@@ -212,26 +244,6 @@ def _teach(
     return target
 
 
-def new_optimizer(adapter: Adapter, config: AbsorbConfig) -> torch.optim.Optimizer:
-    """Make the AdamW that trains the adapter; its state is elementwise, so streams do not touch each other."""
-    return torch.optim.AdamW(
-        adapter.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
-def _learning_rate(step: int, config: AbsorbConfig) -> float:
-    """Linear warm-up, then linear decay to zero or constant."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "constant":
-        return config.learning_rate * warm
-    decay = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * min(warm, decay)
-
-
 def _note(
     results: list[RoundResult], loss_B: Tensor, running_B: Tensor, threshold: float | None, *, own: bool
 ) -> Tensor:
@@ -248,31 +260,6 @@ def _note(
             results[index].outcome = "below_threshold"
             goes_on_B[index] = False
     return goes_on_B
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    adapter: Adapter,
-    running_B: Tensor,
-    learning_rate: float,
-    config: AbsorbConfig,
-) -> None:
-    """One optimizer step of the running streams; the others keep their weights."""
-    weights = adapter.parameters()
-    if config.gradient_clip is not None:
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])
-        factor_B = (config.gradient_clip / norms_B.norm(dim=0).clamp_min(1e-12)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(factor_B.view(-1, 1, 1).to(gradient.dtype))
-    # AdamW's momentum and weight decay would move a stopped stream even without a gradient.
-    stopped_B = None if running_B.all() else ~running_B
-    held = None if stopped_B is None else adapter.snapshot(stopped_B)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    if held is not None:
-        adapter.restore(held, stopped_B)
 
 
 def _roll_back(

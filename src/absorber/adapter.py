@@ -83,15 +83,18 @@ class Adapter:
         chosen = _choose(backbone, config)
         kind = getattr(torch, config.adapter_dtype)
         generator = torch.Generator().manual_seed(config.seed)
-        down, up = {}, {}
+        down, up, rank = {}, {}, config.adapter_rank
         for name, projection in chosen.items():
             inputs, outputs = num_features(projection)
             bound = 1 / math.sqrt(inputs)  # Kaiming uniform with a = sqrt(5), as PEFT begins
             first_RI = torch.empty(config.rank, inputs).uniform_(-bound, bound, generator=generator)
+            # The ranks that study begin elsewhere (study.begin); the others are the same with and without them.
+            first_RI = nn.functional.pad(first_RI, (0, 0, 0, rank - config.rank))
             place = backbone.device
             down[name] = first_RI.to(place, kind).repeat(num_streams, 1, 1)
-            up[name] = torch.zeros(num_streams, outputs, config.rank, device=place, dtype=kind)
-        return cls(down, up, alpha=config.rank if config.alpha is None else config.alpha, layout=Layout.of(backbone))
+            up[name] = torch.zeros(num_streams, outputs, rank, device=place, dtype=kind)
+        scale = 1.0 if config.alpha is None else config.alpha / config.rank
+        return cls(down, up, alpha=rank * scale, layout=Layout.of(backbone))
 
     @property
     def rank(self) -> int:
@@ -116,6 +119,17 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """All weights, in a fixed order; axis 0 is the stream."""
         return [weight for name in self.down for weight in (self.down[name], self.up[name])]
+
+    def keep_gradients(self, ranks: slice, *, of_down: bool = True) -> None:
+        """Take away the gradients of all ranks but these, and of A altogether unless `of_down`."""
+        for down_BRI, up_BOR in zip(self.down.values(), self.up.values(), strict=True):
+            if down_BRI.grad is None or up_BOR.grad is None:
+                continue
+            others = torch.ones(down_BRI.shape[1], dtype=torch.bool, device=down_BRI.device)
+            others[ranks] = False
+            down_BRI.grad[:, others], up_BOR.grad[:, :, others] = 0, 0
+            if not of_down:
+                down_BRI.grad = None
 
     # --- Attaching
 

@@ -113,21 +113,23 @@ class AbsorbConfig(_Settings):
     """K: optimizer steps a round at most."""
     threshold: float | None = None
     """eps: a round ends as soon as its loss is below this. None: never."""
+    optimizer: Literal["adamw", "sgd", "lion", "muon"] = "adamw"
+    """Which optimizer. sgd has momentum .9; lion is arXiv 2302.06675; muon makes each matrix's update orthogonal."""
     learning_rate: float = 5e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; each optimizer needs its own."""
     warmup_steps: int = 3
     """Steps of linear warm-up at the start of each round: a fresh Adam's first steps are as large as its later
     ones, whatever the gradient."""
     schedule: Literal["linear", "constant"] = "linear"
     """After the warm-up: decay linearly to zero over the round, or stay."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Weight decay, decoupled from the gradient but with sgd."""
     adam_epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment; larger makes the steps of weights with small gradients smaller."""
+    """Added to the root of adamw's second moment; larger makes the steps of weights with small gradients smaller."""
     gradient_clip: float | None = 1.0
     """Largest gradient norm of one stream's adapter. None: no clipping."""
     optimizer_state: Literal["reset", "carry"] = "reset"
-    """Whether AdamW's moments start afresh in each round or are carried over the rounds of a stream."""
+    """Whether the optimizer's moments start afresh in each round or are carried over the rounds of a stream."""
 
     rank: int = 64
     """R: rank of the adapter."""
@@ -139,7 +141,7 @@ class AbsorbConfig(_Settings):
     """Blocks that get an adapter, counted from 0. None: all."""
     cuda_graphs: bool = False
     """Record a step's forward and backward pass as a CUDA graph where model and device allow, and replay it. Quicker
-    for small models; not yet trusted together with study (notes/log.md)."""
+    for small models."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the adapter's weights are trained; products run in the base model's type."""
 
@@ -173,17 +175,28 @@ class AbsorbConfig(_Settings):
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
     study: Literal["off", "light"] = "off"
-    """How the model studies a context, so that its facts are kept. light: the passages that it expects least are
-    learned by heart."""
-    study_weight: float = 1.0
-    """Weight of the passages' next-token loss, in nats, beside the losses of each step."""
-    study_passages: int = 8
-    """How many passages of a context are studied."""
+    """How the model studies a context, so that its facts are kept. light: the sentences that it expects least are
+    learned by heart, with a part of the adapter that is for them alone."""
+    study_rank: int = 64
+    """Rank of that part, beside `rank`."""
+    study_floor: float = 0.03
+    """How far that part keeps away from the inputs of ordinary text: directions that ordinary text uses more than this
+    much of the mean direction's share are held down. Smaller: further away, and slower to learn."""
+    study_steps: int = 32
+    """Steps of study a round, before those of synchronization."""
+    study_learning_rate: float = 1e-3
+    """Peak learning rate of study."""
+    study_passages: int = 12
+    """How many sentences of a context are studied."""
     study_tokens: int = 24
-    """Tokens of each."""
+    """Tokens of each at most."""
     study_cue: int = 6
-    """How many tokens at the beginning of a passage are given and not learned: nothing tells them from the sink alone,
+    """How many tokens at the beginning of a sentence are given and not learned: nothing tells them from the sink alone,
     and a model that learns them says them everywhere."""
+    study_past: int = 2
+    """From how many earlier rounds each step studies the sentences again."""
+    study_rounds: int = 64
+    """Of how many earlier rounds the sentences are kept, as token ids; a random sample of all of them."""
     anchor_share: float = 0.2
     """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
     anchor_texts: int = 16
@@ -208,10 +221,13 @@ class AbsorbConfig(_Settings):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_counts("max_steps", "rank", "study_passages", "anchor_texts")
+        self._check_counts(
+            "max_steps", "rank", "study_rank", "study_steps", "study_passages", "study_cue", "anchor_texts"
+        )
         self._check_counts("anchor_tokens", "study_tokens", at_least=2)
-        self._check_counts("replay_rounds", at_least=0)
-        self._check_counts("study_cue")
+        self._check_counts("replay_rounds", "study_past", "study_rounds", at_least=0)
+        for name in ("study_floor", "study_learning_rate"):
+            self.check(name, 0 < getattr(self, name) < math.inf, "above zero")
         self.check("study_cue", self.study_cue < self.study_tokens, f"less than study_tokens, {self.study_tokens}")
         self.check("adam_epsilon", 0 < self.adam_epsilon < math.inf, "above zero")
         self.check("segments", len(self.segments) > 0 and min(self.segments) >= 1, "a list of numbers from 1 up")
@@ -224,7 +240,7 @@ class AbsorbConfig(_Settings):
         self.check("gradient_clip", self.gradient_clip is None or self.gradient_clip > 0, "above zero, or left out")
         self.check("teacher_mixture", 0 <= self.teacher_mixture <= 1, "between 0 and 1")
         self._check_not_negative(
-            "weight_decay", "hidden_weight", "kl_weight", "next_token_weight", "study_weight", "update_penalty_weight"
+            "weight_decay", "hidden_weight", "kl_weight", "next_token_weight", "update_penalty_weight"
         )
         for name in ("target_modules", "adapted_layers", "hidden_layers"):
             self.check(name, getattr(self, name) != (), "a list with at least one entry, or left out")
@@ -233,6 +249,11 @@ class AbsorbConfig(_Settings):
                 "hidden_weight, kl_weight and next_token_weight are all 0, so there is nothing to learn; "
                 "give at least one of them a weight"
             )
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the adapter, the part that studies included."""
+        return self.rank + (0 if self.study == "off" else self.study_rank)
 
     @property
     def has_anchors(self) -> bool:

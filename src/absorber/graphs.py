@@ -23,7 +23,7 @@ from absorber.backbone import Backbone
 _RECORDABLE = {"llama", "mistral", "qwen2", "qwen3"}
 _MASKLESS = "absorber_causal"
 
-Compute = Callable[..., tuple[Tensor, Tensor]]
+Compute = Callable[..., Tensor]
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class StepGraphs:
 
         Args:
             key: Whatever `compute` depends on beside the values of its inputs.
-            compute: Inputs to the losses [B] to be returned, and those [B] whose gradients are wanted.
+            compute: Inputs to losses [B].
             inputs: Tensors whose values may differ from call to call.
             running_B: Which streams' losses count.
             weights: The adapter's.
@@ -83,8 +83,8 @@ class StepGraphs:
             weight.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            loss_B, total_B = compute(*own)
-            (total_B * running).sum().backward()  # type: ignore[no-untyped-call]
+            loss_B = compute(*own)
+            (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
         self._pool = graph.pool()
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         return _Recorded(graph, own, running, loss_B.detach(), gradients)

@@ -1,8 +1,7 @@
-"""What the steps of a round train on: the round's own text, earlier ones again, study, and text that should not change.
+"""What the steps of a round train on: the round's own text, earlier ones again, and text that should not change.
 
 The paper trains on the round's own X and Y alone. Over many rounds that forgets what came before, and changes what the
-model says of other things; replay and anchors are against both. And nothing in Y depends on the facts of X, so that
-they are lost; study is against that (docs/method.md).
+model says of other things; replay and anchors are against both (docs/method.md).
 
 Shapes: B streams, N context tokens, M subsequent tokens.
 """
@@ -10,13 +9,15 @@ Shapes: B streams, N context tokens, M subsequent tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from absorber.config import AbsorbConfig
 from absorber.synchronization import Target
+
+Item = TypeVar("Item")
 
 
 class Past(NamedTuple):
@@ -26,8 +27,6 @@ class Past(NamedTuple):
     """X."""
     subsequent_BM: Tensor
     """Y."""
-    study_BS: Tensor
-    """Passages of X that were studied, one after another; no tokens without study."""
 
     def to(self, device: torch.device) -> "Past":
         """Copy to a device."""
@@ -64,7 +63,6 @@ class Lessons:
         self,
         own: Lesson,
         *,
-        study_BS: Tensor,
         past: Sequence[Past],
         anchors: Tensor | None,
         config: AbsorbConfig,
@@ -74,7 +72,6 @@ class Lessons:
 
         Args:
             own: The round's own text.
-            study_BS: Passages of it to be learned by heart.
             past: Earlier rounds.
             anchors: Texts [Q, A] on which the model should stay as it is.
             config: Shares and seed.
@@ -84,21 +81,18 @@ class Lessons:
         self.own = own
         texts = [Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments) for kept in past]
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
-        self._of_step: list[tuple[Lesson, Tensor]] = []
+        self._of_step: list[Lesson] = []
         for step in range(config.max_steps):
             text = own
             if step and anchor is not None and dice.random() < config.anchor_share:
                 text = anchor
             elif step and texts and dice.random() < config.replay_share:
                 text = dice.choice(texts)
-            passages_BS = study_BS
-            if past and study_BS.shape[1]:
-                passages_BS = torch.cat([study_BS, dice.choice(past).study_BS], dim=1)
-            self._of_step.append((text, passages_BS))
-        self._of_step.append((own, study_BS[:, :0]))
+            self._of_step.append(text)
+        self._of_step.append(own)
 
-    def of_step(self, step: int) -> tuple[Lesson, Tensor]:
-        """The text of a step, from 0, and the passages studied beside it; of K, the look after the last."""
+    def of_step(self, step: int) -> Lesson:
+        """The text of a step, from 0; of K, the look after the last."""
         return self._of_step[step]
 
 
@@ -111,25 +105,25 @@ def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
     return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), is_anchor=True)
 
 
-class Reservoir:
-    """A sample of the rounds so far, of constant size, each as likely as any other (Vitter's Algorithm R)."""
+class Reservoir(Generic[Item]):
+    """A sample of what the rounds left, of constant size, each as likely as any other (Vitter's Algorithm R)."""
 
-    def __init__(self, size: int, *, seed: int) -> None:
+    def __init__(self, size: int, *, seed: object) -> None:
         """Begin with none."""
         self._size, self._seed = size, seed
-        self.rounds: list[Past] = []
-        """At most `size` rounds."""
+        self.items: list[Item] = []
+        """At most `size`."""
 
-    def add(self, past: Past, *, round_number: int) -> None:
-        """Take a round's text, or not.
+    def add(self, item: Item, *, round_number: int) -> None:
+        """Take a round's, or not.
 
         Args:
-            past: What could be kept of it.
+            item: What could be kept of it.
             round_number: From 1; decides together with the seed.
         """
-        if len(self.rounds) < self._size:
-            self.rounds.append(past)
+        if len(self.items) < self._size:
+            self.items.append(item)
         elif self._size:
             place = random.Random(f"{self._seed}/reservoir/{round_number}").randrange(round_number)
             if place < self._size:
-                self.rounds[place] = past
+                self.items[place] = item

@@ -12,7 +12,7 @@ from absorber.errors import MemoryFileError, SessionNotFoundError
 from absorber.memory import Memory
 from absorber.store import read_json, recover, whole_folder, write_json
 
-FORMAT = 2
+FORMAT = 3
 STATE = "session.json"
 _MEMORY = "memory"
 _OPTIMIZER = "optimizer.safetensors"
@@ -33,7 +33,9 @@ class SavedSession:
     sources: dict[str, int]
     """Tokens read of each named source."""
     replay_ids: list[list[list[int]]]
-    """Earlier rounds, each as X, Y and the passages studied."""
+    """Earlier rounds, each as X and Y."""
+    studied_ids: list[list[int]]
+    """Passages of earlier rounds, filled up with -1."""
     anchor_ids: list[list[int]] | None
     """Texts on which the model should stay as it is, if they are written already."""
     random_state: Tensor
@@ -60,6 +62,7 @@ def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
                 "window": saved.window_ids,
                 "pending": saved.pending_ids,
                 "replay": saved.replay_ids,
+                "studied": saved.studied_ids,
                 "anchors": saved.anchor_ids,
                 "sources": saved.sources,
                 "random_state": saved.random_state.numpy().tobytes().hex(),
@@ -100,10 +103,9 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
             memory=memory,
             window_ids=_token_ids(content["window"], model),
             pending_ids=_token_ids(content["pending"], model),
-            replay_ids=[
-                [_token_ids(part, model) for part in (x, y, study[0] if study else [])]  # format 1 had no study
-                for x, y, *study in content["replay"]
-            ],
+            # Format 2 had passages behind each Y, which were learned in another way.
+            replay_ids=[[_token_ids(part, model) for part in kept[:2]] for kept in content["replay"]],
+            studied_ids=[_token_ids(row, model, lowest=-1) for row in content.get("studied", [])],
             anchor_ids=None if content["anchors"] is None else [_token_ids(row, model) for row in content["anchors"]],
             sources={str(name): int(count) for name, count in content["sources"].items()},
             random_state=torch.tensor(list(bytes.fromhex(content["random_state"])), dtype=torch.uint8),
@@ -113,9 +115,9 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
         raise MemoryFileError(f"{place} is damaged: {error}. Restore a copy, or start anew") from error
 
 
-def _token_ids(values: list[Any], model: Any) -> list[int]:
+def _token_ids(values: list[Any], model: Any, *, lowest: int = 0) -> list[int]:
     vocabulary = model.get_input_embeddings().num_embeddings
-    if not all(isinstance(value, int) and 0 <= value < vocabulary for value in values):
+    if not all(isinstance(value, int) and lowest <= value < vocabulary for value in values):
         raise ValueError("a token id is outside the model's vocabulary")
     return values
 

@@ -362,7 +362,8 @@ class Session:
                 memory=self.memory,
                 window_ids=self.window_ids,
                 pending_ids=self._stream.pending_BT[0].tolist(),
-                replay_ids=[[part[0].tolist() for part in past] for past in self._stream.reservoir.rounds],
+                replay_ids=[[part[0].tolist() for part in past] for past in self._stream.reservoir.items],
+                studied_ids=[passages_BS[0].tolist() for passages_BS in self._stream.studied.items],
                 anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
                 sources=self._sources,
                 random_state=self._generator.get_state(),
@@ -394,9 +395,10 @@ class Session:
                 raise ValueError(f"its window has {len(saved.window_ids)} tokens")
             stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
             stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
-            stream.reservoir.rounds = [
+            stream.reservoir.items = [
                 Past(*(torch.tensor([ids], dtype=torch.long) for ids in parts)) for parts in saved.replay_ids
             ]
+            stream.studied.items = [torch.tensor([ids], dtype=torch.long) for ids in saved.studied_ids]
             stream.anchors = None if saved.anchor_ids is None else torch.tensor(saved.anchor_ids)
             session._sources = saved.sources
             session._generator.set_state(saved.random_state)

@@ -13,14 +13,16 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from absorber.absorption import absorb_context, new_optimizer
+from absorber import study
+from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, check_positions, with_sink
 from absorber.config import AbsorbConfig, StreamConfig
-from absorber.errors import ContextError
+from absorber.errors import ConfigError, ContextError
 from absorber.lessons import Past, Reservoir
 from absorber.memory import Round
-from absorber.subsequent import choose_passages, generate_subsequent, write_from_nothing
+from absorber.optimizer import new_optimizer
+from absorber.subsequent import generate_subsequent, write_from_nothing
 
 OnStep = Callable[[int, Tensor], None]
 OnRound = Callable[[list[Round]], None]
@@ -54,21 +56,28 @@ class Stream:
             on_round: Called after each round with one ledger line per stream.
 
         Raises:
-            ConfigError: If the window is larger than the model's positions.
+            ConfigError: If the window is larger than the model's positions, or study has no part of the adapter.
         """
+        if config.study != "off" and adapter.rank != config.adapter_rank:
+            raise ConfigError(
+                f"study needs a memory of rank {config.rank} + {config.study_rank}; this one has rank {adapter.rank}. "
+                'Begin a new memory, or go on with study = "off"'
+            )
         check_positions(backbone, stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
         self._sink_id, self._breaks_V = sink_id, breaks_V
         self._on_step, self._on_round = on_step, on_round
-        self.optimizer = new_optimizer(adapter, config) if config.optimizer_state == "carry" else None
+        self.optimizer = new_optimizer(adapter.parameters(), config) if config.optimizer_state == "carry" else None
         self.window_BT = torch.zeros(adapter.num_streams, 0, dtype=torch.long)
         """Z: what the model reads verbatim."""
         self.pending_BT = self.window_BT
         """Given, but not yet in the window; empty unless `append` was interrupted."""
         self.num_rounds = 0
         """Rounds so far."""
-        self.reservoir = Reservoir(config.replay_rounds, seed=config.seed)
+        self.reservoir: Reservoir[Past] = Reservoir(config.replay_rounds, seed=config.seed)
         """Earlier rounds to train on again."""
+        self.studied: Reservoir[Tensor] = Reservoir(config.study_rounds, seed=f"{config.seed}/study")
+        """Their passages [B, S], to study again; on the CPU."""
         self.anchors: Tensor | None = None
         """Texts [Q, A] on which the model should stay as it is; written before the first round."""
 
@@ -132,14 +141,12 @@ class Stream:
             self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
-        study_BS = context_BN[:, :0]
+        passages_BS = None
         if self._config.study != "off":
-            study_BS = choose_passages(
-                self._backbone,
-                context_BN.to(place),
-                self._config,
-                sink_id=self._sink_id,
-                breaks_V=self._breaks_V,
+            where = {"sink_id": self._sink_id}
+            study.begin(self._backbone, self._adapter, self.window_BT.to(place), self.anchors, self._config, **where)
+            passages_BS = study.choose_passages(
+                self._backbone, context_BN.to(place), self._config, breaks_V=self._breaks_V, **where
             )
         results = absorb_context(
             self._backbone,
@@ -149,8 +156,9 @@ class Stream:
             self._config,
             sink_id=self._sink_id,
             num_generated=generated_BT.shape[1],
-            study_BS=study_BS.to(place),
-            past=[kept.to(place) for kept in self.reservoir.rounds],
+            study_BS=None if passages_BS is None else passages_BS.to(place),
+            studied=[kept.to(place) for kept in self.studied.items],
+            past=[kept.to(place) for kept in self.reservoir.items],
             anchors=self.anchors,
             round_number=self.num_rounds + 1,
             optimizer=self.optimizer,
@@ -160,7 +168,9 @@ class Stream:
         self.window_BT = follows_BM
         self.num_rounds += 1
         if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
-            self.reservoir.add(Past(context_BN, follows_BM, study_BS), round_number=self.num_rounds)
+            self.reservoir.add(Past(context_BN, follows_BM), round_number=self.num_rounds)
+        if passages_BS is not None:
+            self.studied.add(passages_BS, round_number=self.num_rounds)
         if self._on_round is not None:
             self._on_round(
                 [

@@ -1,6 +1,6 @@
 """The student: what it loses on a text against its teacher, and the gradients of that.
 
-Shapes: B streams, N context tokens (X), M subsequent tokens (Y), S tokens of the passages that are studied.
+Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import dataclasses
@@ -84,43 +84,11 @@ def synchronization_loss(
     return loss_B
 
 
-def study_loss(backbone: Backbone, passages_BS: Tensor, config: AbsorbConfig, *, sink_id: int | None) -> Tensor:
-    """Mean next-token loss on passages that are read one by one, after the sink alone.
-
-    The first `study_cue` tokens of a passage are its cue and are not scored.
-
-    Args:
-        backbone: The model, with the adapter that learns attached.
-        passages_BS: Passages of `study_tokens` tokens, one after another.
-        config: Their length and that of the cue.
-        sink_id: First token of each, or None.
-
-    Returns:
-        [B], float32, in nats. Not in the paper: nothing in Y depends on the facts of X (docs/method.md).
-    """
-    num_streams, num_tokens = passages_BS.shape
-    input_ids_BT = with_sink(sink_id, passages_BS.reshape(-1, config.study_tokens))
-    first = input_ids_BT.shape[1] - config.study_tokens
-    final_BSD = forward_states(backbone, input_ids_BT, first=first).rejoined(num_streams).final_BTD
-    # What stands at place t of a passage is predicted at t - 1; the last place does not lead to the next passage.
-    predicted_S = torch.arange(1, num_tokens + 1, device=passages_BS.device) % config.study_tokens
-    return distribution_loss(
-        final_BSD,
-        Target(layers=(), finals=()),
-        passages_BS,
-        backbone.logits,
-        kl_weight=0.0,
-        next_token_weight=1.0,
-        scored_T=predicted_S >= config.study_cue,
-    )
-
-
 def gradients(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
     lesson: Lesson,
-    passages_BS: Tensor,
     config: AbsorbConfig,
     running_B: Tensor,
     *,
@@ -131,49 +99,58 @@ def gradients(
 
     Args:
         backbone: The model, with `adapter` attached.
-        adapter: The memory that is trained.
+        adapter: The memory that is trained, without the part that studies.
         before: Its weights at the beginning of the round.
         lesson: The text of this step.
-        passages_BS: Passages to be learned by heart beside it; may have no tokens.
         config: Losses and their weights.
         running_B: Which streams learn.
         sink_id: First token of the student, or None.
         segments: Into how many pieces, read one by one, the text is cut.
 
     Returns:
-        [B]: the losses on the text, without study and without gradient.
+        [B]: the losses, without gradient.
     """
     weights = adapter.parameters()
     for weight in weights:
         weight.grad = None
+    loss_B = _recorded(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=segments)
+    if loss_B is None:
+        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
+        loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
+    if config.study != "off":
+        adapter.keep_gradients(slice(config.rank))
+    return loss_B.detach()
 
-    def losses(text: Lesson, studied_BS: Tensor) -> tuple[Tensor, Tensor]:
-        text_B = synchronization_loss(backbone, adapter, before, text, config, sink_id=sink_id, segments=segments)
-        if not studied_BS.shape[1]:
-            return text_B, text_B
-        return text_B, text_B + config.study_weight * study_loss(backbone, studied_BS, config, sink_id=sink_id)
 
+def _recorded(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    lesson: Lesson,
+    config: AbsorbConfig,
+    running_B: Tensor,
+    *,
+    sink_id: int | None,
+    segments: int,
+) -> Tensor | None:
+    """The same from a CUDA graph; None where there is none."""
     graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
-    if graphs is not None and target is not None and len(target.finals) <= 1 and config.update_penalty == "none":
-        num_layers, shares = len(target.layers), [share for share, _ in target.finals]
+    if graphs is None or target is None or len(target.finals) > 1 or config.update_penalty != "none":
+        return None
+    num_layers, shares = len(target.layers), [share for share, _ in target.finals]
 
-        def compute(context_BN: Tensor, subsequent_BM: Tensor, studied_BS: Tensor, *states: Tensor) -> Any:
-            finals = tuple(zip(shares, states[num_layers:], strict=True))
-            text = dataclasses.replace(
-                lesson,
-                context_BN=context_BN,
-                subsequent_BM=subsequent_BM,
-                target=Target(layers=states[:num_layers], finals=finals),
-            )
-            with without_masks(backbone):
-                return losses(text, studied_BS)
+    def compute(context_BN: Tensor, subsequent_BM: Tensor, *states: Tensor) -> Any:
+        finals = tuple(zip(shares, states[num_layers:], strict=True))
+        text = dataclasses.replace(
+            lesson,
+            context_BN=context_BN,
+            subsequent_BM=subsequent_BM,
+            target=Target(layers=states[:num_layers], finals=finals),
+        )
+        with without_masks(backbone):
+            return synchronization_loss(backbone, adapter, before, text, config, sink_id=sink_id, segments=segments)
 
-        states = [*target.layers, *(final for _, final in target.finals)]
-        inputs = [lesson.context_BN, lesson.subsequent_BM, passages_BS, *states]
-        key = (lesson.is_anchor, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
-        loss_B = graphs.run(key, compute, inputs, running_B, weights)
-        if loss_B is not None:
-            return loss_B
-    text_B, total_B = losses(lesson, passages_BS)
-    total_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
-    return text_B.detach()
+    states = [*target.layers, *(final for _, final in target.finals)]
+    key = (lesson.is_anchor, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
+    inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
+    return graphs.run(key, compute, inputs, running_B, adapter.parameters())

@@ -1,4 +1,4 @@
-"""What a round trains on beside the stream's own next text: text that the model writes, and passages that it studies.
+"""Text that the model writes itself.
 
 The next text of the stream is the paper's first choice for Y and needs no code: it stands in the window.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, eos_tokens, forward_states, untouched, with_sink
+from absorber.backbone import Backbone, eos_tokens, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
@@ -100,61 +100,3 @@ def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int
             # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
             given_QT = texts_QT if getattr(output, "past_key_values", None) is None else next_Q1
     return texts_QT[:, 1:]
-
-
-@torch.no_grad()
-def choose_passages(
-    backbone: Backbone, context_BN: Tensor, config: AbsorbConfig, *, sink_id: int, breaks_V: Tensor | None
-) -> Tensor:
-    """Find the passages of a text that the base model expects least: names, numbers, whatever cannot be guessed.
-
-    A passage has `study_tokens` tokens and begins where a sentence does; passages do not overlap by more than half.
-
-    Args:
-        backbone: The model, with no adapter attached.
-        context_BN: X.
-        config: How many passages of how many tokens.
-        sink_id: What stands before the text.
-        breaks_V: For each token of the vocabulary, whether a sentence may begin after it. None: after any.
-
-    Returns:
-        Token ids [B, S], the passages of a stream one after another, the most surprising first; fewer than wanted
-        (the same number for all streams) where the text is short.
-    """
-    size = config.study_tokens
-    if context_BN.shape[1] < size:
-        return context_BN[:, :0].cpu()
-    with untouched(backbone.model):
-        states = forward_states(backbone, with_sink(sink_id, context_BN))
-        nll_BN = torch.stack(
-            [
-                -backbone.logits(final[:-1]).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-                for final, ids in zip(states.final_BTD, context_BN, strict=True)
-            ]
-        )
-    surprise_BN = nll_BN.unfold(1, size, 1).mean(dim=2).cpu()
-    context_BN = context_BN.cpu()
-    if breaks_V is not None:
-        begins_BN = torch.ones_like(context_BN, dtype=torch.bool)
-        begins_BN[:, 1:] = breaks_V[context_BN[:, :-1]]
-        # Where no sentence begins, a passage is taken only if there is nothing else.
-        surprise_BN = surprise_BN - 1e3 * (~begins_BN[:, : surprise_BN.shape[1]])
-    chosen = [_apart(surprise_N.tolist(), config.study_passages, size // 2) for surprise_N in surprise_BN]
-    count = min(map(len, chosen))
-    return torch.stack(
-        [
-            torch.cat([row[first : first + size] for first in places[:count]])
-            for row, places in zip(context_BN, chosen, strict=True)
-        ]
-    )
-
-
-def _apart(scores: Sequence[float], count: int, distance: int) -> list[int]:
-    """The places of the highest scores that are at least so far from one another."""
-    found: list[int] = []
-    for place in sorted(range(len(scores)), key=lambda index: -scores[index]):
-        if all(abs(place - other) >= distance for other in found):
-            found.append(place)
-            if len(found) == count:
-                break
-    return found

@@ -77,7 +77,7 @@ def distribution_loss(
     kl_weight: float,
     next_token_weight: float,
     num_generated: int = 0,
-    scored_T: Tensor | None = None,
+    scored_BT: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of KL(teacher || student) and next-token loss, from one projection to the vocabulary.
 
@@ -96,7 +96,7 @@ def distribution_loss(
         kl_weight: Of the first.
         next_token_weight: Of the second.
         num_generated: G; the next-token loss does not score them.
-        scored_T: At which positions the next-token loss looks; None for all. The last one predicts nothing.
+        scored_BT: At which positions the next-token loss looks; None for all. The last one predicts nothing.
 
     Returns:
         [B], float32, in nats.
@@ -107,13 +107,13 @@ def distribution_loss(
     if not kl_weight and not next_token_weight:
         return student_BTD.new_zeros(num_streams, dtype=torch.float32)
     known_T = torch.arange(num_tokens, device=student_BTD.device) < num_tokens - 1 - num_generated
-    scored_T = known_T if scored_T is None else known_T & scored_T
+    scored_BT = known_T.expand(num_streams, -1) if scored_BT is None else known_T & scored_BT
     work = _Work(
         logits=logits,
         finals=target.finals if kl_weight else (),
         next_ids_BT=torch.roll(token_ids_BT, -1, dims=1),  # the last position predicts nothing and weighs nothing
-        kl_weight_T=torch.full_like(scored_T, kl_weight / num_tokens, dtype=torch.float32),
-        nll_weight_T=scored_T * (next_token_weight / scored_T.sum().clamp_min(1)),
+        kl_weight_BT=torch.full_like(scored_BT, kl_weight / num_tokens, dtype=torch.float32),
+        nll_weight_BT=scored_BT * (next_token_weight / scored_BT.sum(dim=1, keepdim=True).clamp_min(1)),
     )
     return _DistributionLoss.apply(student_BTD, work)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -125,8 +125,8 @@ class _Work:
     logits: Logits
     finals: tuple[tuple[float, Tensor], ...]
     next_ids_BT: Tensor
-    kl_weight_T: Tensor
-    nll_weight_T: Tensor
+    kl_weight_BT: Tensor
+    nll_weight_BT: Tensor
 
 
 class _DistributionLoss(torch.autograd.Function):
@@ -166,7 +166,7 @@ def _losses_and_slope(student_logits: Tensor, piece: slice, work: _Work) -> tupl
     shape = student_logits.shape[:2]
     student_NV = student_logits.flatten(0, 1).contiguous()
     next_ids_N = work.next_ids_BT[:, piece].reshape(-1)
-    weights = [weight_T[piece].expand(shape).reshape(-1) for weight_T in (work.kl_weight_T, work.nll_weight_T)]
+    weights = [weight_BT[:, piece].reshape(-1) for weight_BT in (work.kl_weight_BT, work.nll_weight_BT)]
     teachers = [(share, work.logits(final[:, piece]).flatten(0, 1)) for share, final in work.finals]
     if kernels.usable(student_NV) and (not teachers or (len(teachers) == 1 and teachers[0][0] == 1.0)):
         teacher_NV = teachers[0][1] if teachers else None

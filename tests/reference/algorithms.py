@@ -110,24 +110,47 @@ def student_loss(
     return loss
 
 
-def study_loss(model, lora, passages, config, sink):
-    """Mean next-token loss over all passages, each read after the sink alone, without their first tokens."""
-    picked = []
+def study_loss(model, lora, passages, config, sink, *, together=False):
+    """Mean next-token loss over all passages, without their cues: each after the sink alone, or after those before."""
+    picked, before = [], []
     for passage in passages:
-        _, _, logits = read(lora.run, model, [*sink, *passage], first=len(sink))
-        for place in range(max(1, config.study_cue), len(passage)):
+        _, _, logits = read(lora.run, model, [*sink, *before, *passage], first=len(sink) + len(before))
+        for place in range(config.study_cue, len(passage)):
             picked.append(-logits[place - 1].log_softmax(dim=-1)[passage[place]])
+        before = [*before, *passage] if together else []
     return torch.stack(picked).mean()
 
 
-def learning_rate(step, config):
+def learn(model, lora, studies, config, sink):
+    """Study: B of the last ranks learns the passages of each step, every second time one after another."""
+    ups = [up for name, up in lora.up.items()]
+    optimizer = torch.optim.AdamW(ups, lr=config.study_learning_rate, weight_decay=0.0)
+    for step, passages in enumerate(studies):
+        loss = study_loss(model, lora, passages, config, sink, together=step % 2 == 1)
+        gradients = torch.autograd.grad(loss, ups)
+        for gradient in gradients:
+            gradient[:, : config.rank] = 0
+        for up, gradient in zip(ups, clipped(gradients, config), strict=True):
+            up.grad = gradient
+        optimizer.param_groups[0]["lr"] = learning_rate(config.study_learning_rate, step, len(studies), config)
+        optimizer.step()
+
+
+def clipped(gradients, config):
+    """The same, shrunk to the largest norm allowed."""
+    length = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
+    if config.gradient_clip is None or length <= config.gradient_clip:
+        return gradients
+    return [gradient * (config.gradient_clip / length) for gradient in gradients]
+
+
+def learning_rate(peak, step, steps, config):
     """Warm-up over `warmup_steps`, then constant, or linear down to zero after the last step."""
-    rate = config.learning_rate
-    warm = rate * (step + 1) / (config.warmup_steps + 1) if step < config.warmup_steps else rate
+    warm = peak * (step + 1) / (config.warmup_steps + 1) if step < config.warmup_steps else peak
     if config.schedule == "constant":
         return warm
-    left = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
-    return min(warm, rate * left)
+    left = (steps - step) / max(1, steps - config.warmup_steps)
+    return min(warm, peak * left)
 
 
 def new_optimizer(lora, config):
@@ -154,12 +177,12 @@ def absorb_context(
     optimizer=None,
     replayed=(),
     anchor_texts=(),
-    passages=None,
+    studies=None,
     plan=None,
 ):
     """Algorithm 1. Trains `lora` in place; returns (losses on its own text, whether the round was rolled back).
 
-    `passages` has for every step the passages to be learned by heart, each read after the sink alone.
+    `studies` has for every step of study, before the others, the passages to be learned by heart.
     `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
     """
     plan = plan or ["own"] * config.max_steps
@@ -188,24 +211,24 @@ def absorb_context(
         return student_loss(model, lora, len(x), y, target, before, config, sink, generated, **options)
 
     trace = []
+    if studies:
+        trace.append(loss_at(0, "own").item())
+        learn(model, lora, studies, config, sink)
     for step in range(config.max_steps):
-        text_loss = loss = loss_at(step, plan[step])
-        if passages is not None and passages[step]:
-            loss = loss + config.study_weight * study_loss(model, lora, passages[step], config, sink)
+        loss = loss_at(step, plan[step])
         if plan[step] == "own":
-            trace.append(text_loss.item())
-            if config.threshold is not None and text_loss.item() < config.threshold:
+            trace.append(loss.item())
+            if config.threshold is not None and loss.item() < config.threshold:
                 break
         if not math.isfinite(loss.item()):
             break
         gradients = torch.autograd.grad(loss, lora.leaves(), materialize_grads=True)
-        length = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
-        shrink = 1.0
-        if config.gradient_clip is not None and length > config.gradient_clip:
-            shrink = config.gradient_clip / length
-        for leaf, gradient in zip(lora.leaves(), gradients, strict=True):
-            leaf.grad = gradient * shrink
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        if studies:  # their part is not for the text
+            for down, up in zip(gradients[::2], gradients[1::2], strict=True):
+                down[config.rank :], up[:, config.rank :] = 0, 0
+        for leaf, gradient in zip(lora.leaves(), clipped(gradients, config), strict=True):
+            leaf.grad = gradient
+        optimizer.param_groups[0]["lr"] = learning_rate(config.learning_rate, step, config.max_steps, config)
         optimizer.step()
     else:
         with torch.no_grad():

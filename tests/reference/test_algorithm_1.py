@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from absorber import PRESETS, AbsorbConfig
-from absorber.absorption import absorb_context, new_optimizer
+from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.lessons import Lesson, Lessons, Past, Reservoir
+from absorber.optimizer import new_optimizer
 from absorber.student import synchronization_loss
+from absorber.study import passages_of_steps
 from absorber.teacher import teach
 from reference import algorithms as twin
 from reference.lora import PlainLora
@@ -82,6 +84,8 @@ def begun(backbone, config, num_streams=1):
     with torch.no_grad():
         for weight in adapter.up.values():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+        for weight in adapter.down.values():  # the part that studies
+            weight[:, config.rank :] = torch.randn(weight[:, config.rank :].shape, generator=generator) * 0.1
     return adapter
 
 
@@ -136,7 +140,7 @@ def test_three_rounds(double, name):
     adapter = begun(backbone, config)
     lora = PlainLora(adapter)
     carry = config.optimizer_state == "carry"
-    ours_optimizer = new_optimizer(adapter, config) if carry else None
+    ours_optimizer = new_optimizer(adapter.parameters(), config) if carry else None
     twin_optimizer = twin.new_optimizer(lora, config) if carry else None
     stops = []
     for context_BN, subsequent_BM in rounds(3):
@@ -193,6 +197,16 @@ LESSONS = {
     "anchor_tokens": 5,
     "adam_epsilon": 1e-4,  # or Adam makes a whole step of a gradient that is nothing but rounding errors
 }
+STUDY = {
+    "study": "light",
+    "study_rank": 2,
+    "study_steps": 5,
+    "study_tokens": 4,
+    "study_cue": 2,
+    "study_past": 1,
+    "study_learning_rate": 3e-3,
+    "alpha": None,
+}
 WITH_LESSONS = {
     "losses_of_the_default": {"kl_weight": 0.3, "next_token_weight": 1.0},
     "hidden": HIDDEN,
@@ -206,27 +220,38 @@ WITH_LESSONS = {
     "anchors_alone": {"replay_rounds": 0},
     "shorter_anchors": {"anchor_tokens": 2},
     "longer_anchors": {"anchor_tokens": 17},
-    "study": {"study": "light", "study_tokens": 3, "study_cue": 2, "study_weight": 2.0},
-    "study_first_tokens": {"study": "light", "study_tokens": 3, "study_cue": 1, "replay_rounds": 0},
+    "study": STUDY,
+    "study_without_replay": STUDY | {"replay_rounds": 0, "study_cue": 1, "study_past": 0, "warmup_steps": 0},
+    "study_no_sink": STUDY | {"sink": "none", "hidden_weight": 1.0, "gradient_clip": 0.05},
 }
 
 
-def plan_of(own, study_BS, past, anchors, config, round_number):
-    """What the library draws: (for each step "own", "anchor" or the number of a past round; the anchors' texts; the
-    passages of each step, stream by stream)."""
-    lessons = Lessons(own, study_BS=study_BS, past=past, anchors=anchors, config=config, round_number=round_number)
-    plan, texts, studies = [], [], []
+def plan_of(own, past, anchors, config, round_number):
+    """What the library draws: (for each step "own", "anchor" or the number of a past round; the anchors' texts)."""
+    lessons = Lessons(own, past=past, anchors=anchors, config=config, round_number=round_number)
+    plan, texts = [], []
     for step in range(config.max_steps):
-        lesson, passages_BS = lessons.of_step(step)
-        studies.append(passages_BS)
+        lesson = lessons.of_step(step)
         if lesson is own:
             plan.append("own")
         elif lesson.is_anchor:
             plan.append("anchor")
             texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
         else:
-            plan.append(next(place for place, (x, *_) in enumerate(past) if x is lesson.context_BN))
-    return plan, texts, studies
+            plan.append(next(place for place, (x, _) in enumerate(past) if x is lesson.context_BN))
+    return plan, texts
+
+
+def passages_in(context_BN, config):
+    """Two passages of a context, the second a token shorter."""
+    passages_BS = context_BN[:, : 2 * config.study_tokens].clone()
+    passages_BS[:, -1] = -1
+    return passages_BS
+
+
+def as_lists(passages_S, config):
+    """The passages of one stream, without what fills them up."""
+    return [[token for token in row if token >= 0] for row in passages_S.reshape(-1, config.study_tokens).tolist()]
 
 
 @pytest.mark.parametrize(
@@ -238,19 +263,21 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
     adapter, seen = begun(backbone, config, num_streams=num_streams), set()
     loras = [PlainLora(adapter, b) for b in range(num_streams)]
     carry = config.optimizer_state == "carry"
-    ours_optimizer = new_optimizer(adapter, config) if carry else None
+    ours_optimizer = new_optimizer(adapter.parameters(), config) if carry else None
     twin_optimizers = [twin.new_optimizer(lora, config) if carry else None for lora in loras]
     generator = torch.Generator().manual_seed(4)
     anchors = torch.randint(1, 257, (config.anchor_texts, config.anchor_tokens), generator=generator)
-    reservoir = Reservoir(config.replay_rounds, seed=config.seed)
+    reservoir, studied = Reservoir(config.replay_rounds, seed=config.seed), []
     all_rounds = rounds(5 * num_streams)
     for number in range(1, 6):
         of_streams = all_rounds[(number - 1) * num_streams : number * num_streams]
         context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
-        past = list(reservoir.rounds)
-        study_BS = context_BN[:, 1 : 1 + 2 * config.study_tokens] if config.study == "light" else context_BN[:, :0]
-        own = Lesson(context_BN, subsequent_BM, 3, config.segments)
-        plan, texts, studies = plan_of(own, study_BS, past, anchors, config, number)
+        past = list(reservoir.items)
+        plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), past, anchors, config, number)
+        study_BS, studies = None, []
+        if config.study != "off":
+            study_BS = passages_in(context_BN, config)
+            studies = list(passages_of_steps(study_BS, studied, config, round_number=number))
         seen |= set(plan)
         results = absorb_context(
             backbone,
@@ -261,6 +288,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             sink_id=SINK,
             num_generated=3,
             study_BS=study_BS,
+            studied=studied,
             past=past,
             anchors=anchors,
             round_number=number,
@@ -276,16 +304,17 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
                 sink_id=SINK,
                 num_generated=3,
                 optimizer=twin_optimizers[b],
-                replayed=[(x[b].tolist(), y[b].tolist()) for x, y, _ in past],
+                replayed=[(x[b].tolist(), y[b].tolist()) for x, y in past],
                 anchor_texts=texts,
-                passages=[rows[b].reshape(-1, config.study_tokens).tolist() for rows in studies],
+                studies=[as_lists(rows[b], config) for rows in studies],
                 plan=plan,
             )
             assert results[b].losses == pytest.approx(losses, rel=1e-4)
             assert (results[b].rolled_back, results[b].num_steps) == (undone, config.max_steps)
-            assert len(losses) == plan.count("own") + 1
+            assert len(losses) == plan.count("own") + 1 + bool(studies)
             for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
                 torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
-        reservoir.add(Past(context_BN, subsequent_BM, study_BS), round_number=number)
+        reservoir.add(Past(context_BN, subsequent_BM), round_number=number)
+        studied += [] if study_BS is None else [study_BS]
     assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
     assert ({0, 1} <= seen) == (config.replay_rounds > 0)

@@ -175,7 +175,7 @@ def _estimate(shape: _Shape, preset: Preset) -> dict[str, int]:
     num_tokens = preset.stream.sync_tokens + 1
     parts = {
         "weights": shape.num_parameters * shape.num_bytes,
-        "adapter": shape.projection_features * preset.absorb.rank * _FLOAT_BYTES * _ADAPTER_COPIES,
+        "adapter": shape.projection_features * preset.absorb.adapter_rank * _FLOAT_BYTES * _ADAPTER_COPIES,
         "activations": num_tokens * shape.num_layers * (12 * shape.hidden + 4 * shape.intermediate) * shape.num_bytes
         + min(LOGITS_AT_ONCE["cuda"], num_tokens * shape.vocabulary) * _FLOAT_BYTES * _LOGITS_COPIES,
         "cache": preset.stream.window_tokens * shape.num_layers * shape.cache_features * shape.num_bytes,

@@ -1,0 +1,139 @@
+"""Steps of the adapter's weights: which optimizer, its learning rate over a round, clipping, streams that have stopped.
+
+Every update is made of a stream's own gradients, so that streams do not touch each other.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absorber.adapter import Adapter
+from absorber.config import AbsorbConfig
+
+_MOMENTUM = 0.9
+_LION_BETAS = (0.9, 0.99)  # arXiv 2302.06675
+_MUON_MOMENTUM = 0.95
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, Muon, 2024
+_NEWTON_SCHULZ_STEPS = 5
+
+
+def new_optimizer(weights: Iterable[nn.Parameter], config: AbsorbConfig) -> torch.optim.Optimizer:
+    """Make the optimizer that `config.optimizer` names.
+
+    Args:
+        weights: What it trains, axis 0 the stream.
+        config: Its settings.
+    """
+    rate, decay = config.learning_rate, config.weight_decay
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(weights, lr=rate, weight_decay=decay, momentum=_MOMENTUM)
+        case "lion":
+            return _Lion(weights, {"lr": rate, "weight_decay": decay})
+        case "muon":
+            return _Muon(weights, {"lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, eps=config.adam_epsilon, fused=True)
+
+
+class _Momentum(torch.optim.Optimizer):
+    """Decoupled weight decay, and a step along something made of the gradient and one moment."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], defaults: dict[str, Any]) -> None:
+        super().__init__(weights, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(self.direction(weight.grad, state["momentum"]), alpha=group["lr"])
+
+    def direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """Where to go from; the momentum is brought up to date in place."""
+        raise NotImplementedError
+
+
+class _Lion(_Momentum):
+    """The sign of an interpolated momentum (arXiv 2302.06675)."""
+
+    def direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        sign: Tensor = torch.lerp(momentum, gradient, 1 - _LION_BETAS[0]).sign_()
+        momentum.lerp_(gradient, 1 - _LION_BETAS[1])
+        return sign
+
+
+class _Muon(_Momentum):
+    """Nesterov momentum made orthogonal, matrix by matrix (Jordan et al., 2024; torch.optim.Muon has no batch axis)."""
+
+    def direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        momentum.mul_(_MUON_MOMENTUM).add_(gradient)
+        ahead = torch.add(gradient, momentum, alpha=_MUON_MOMENTUM)
+        rows, columns = ahead.shape[-2:]
+        return orthogonal(ahead).mul_(max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices [..., R, C] near one by Newton-Schulz iteration; a zero matrix stays."""
+    a, b, c = _NEWTON_SCHULZ
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).float()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        square: Tensor = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    result: Tensor = x if wide else x.mT
+    return result.to(matrices.dtype)
+
+
+def scheduled(peak: float, step: int, num_steps: int, config: AbsorbConfig) -> float:
+    """The learning rate of a step: linear warm-up, then linear decay to zero, or constant.
+
+    Args:
+        peak: Largest learning rate.
+        step: From 0.
+        num_steps: How many there are.
+        config: Warm-up and schedule.
+    """
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return peak * warm
+    return peak * min(warm, (num_steps - step) / max(1, num_steps - config.warmup_steps))
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    adapter: Adapter,
+    running_B: Tensor,
+    learning_rate: float,
+    config: AbsorbConfig,
+) -> None:
+    """One optimizer step of the running streams; the others keep their weights.
+
+    Args:
+        optimizer: From `new_optimizer`.
+        adapter: With gradients.
+        running_B: Which streams learn.
+        learning_rate: Of this step.
+        config: Clipping.
+    """
+    if config.gradient_clip is not None:
+        gradients = [weight.grad for weight in adapter.parameters() if weight.grad is not None]
+        norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])
+        factor_B = (config.gradient_clip / norms_B.norm(dim=0).clamp_min(1e-12)).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(factor_B.view(-1, 1, 1).to(gradient.dtype))
+    # Momentum and weight decay would move a stopped stream even without a gradient.
+    stopped_B = None if running_B.all() else ~running_B
+    held = None if stopped_B is None else adapter.snapshot(stopped_B)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    if held is not None:
+        adapter.restore(held, stopped_B)
