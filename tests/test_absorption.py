@@ -7,9 +7,10 @@ import torch
 
 import absorber.absorption
 from absorber import AbsorbConfig, ConfigError, ContextError, DeviceMemoryError, DivergedError
-from absorber.absorption import absorb_context, new_optimizer
+from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
+from absorber.optimizer import new_optimizer
 
 CONFIG = AbsorbConfig(rank=3, max_steps=3, learning_rate=2e-3, warmup_steps=0, hidden_weight=10.0)
 RISING = CONFIG.replace(learning_rate=0.5, schedule="constant", gradient_clip=None)
@@ -65,7 +66,7 @@ def test_a_round_that_is_not_finite_is_undone(backbone, rollback):
 @pytest.mark.parametrize("poison", [1e4, float("nan")])
 def test_one_stream_is_undone_and_the_others_go_on(backbone, monkeypatch, poison):
     """The gradient of stream 1 is spoiled; streams 0 and 2 must end as if it were not there."""
-    step = absorber.absorption._step
+    step = absorber.absorption.take_step
 
     def spoiled(optimizer, adapter, running_B, learning_rate, config):
         step(optimizer, adapter, running_B, learning_rate, config)
@@ -75,7 +76,7 @@ def test_one_stream_is_undone_and_the_others_go_on(backbone, monkeypatch, poison
                     weight[1] = poison
 
     poison_stream = False
-    monkeypatch.setattr(absorber.absorption, "_step", spoiled)
+    monkeypatch.setattr(absorber.absorption, "take_step", spoiled)
     healthy = Adapter.fresh(backbone, CONFIG, num_streams=3)
     run(backbone, healthy)
     poison_stream = True
@@ -105,7 +106,7 @@ def test_a_stream_below_the_threshold_stops_alone(backbone):
 @pytest.mark.parametrize("bad", [RISING, RISING.replace(learning_rate=1e30)])
 def test_the_carried_optimizer_is_undone_too(backbone, bad):
     adapter = Adapter.fresh(backbone, CONFIG)
-    optimizer = new_optimizer(adapter, CONFIG)
+    optimizer = new_optimizer(adapter.parameters(), CONFIG)
     for _ in range(2):  # at first without a state, then with one
         before, state = adapter.snapshot(), moments(optimizer)
         (result,) = run(backbone, adapter, bad, optimizer=optimizer)
@@ -118,7 +119,7 @@ def test_the_carried_optimizer_is_undone_too(backbone, bad):
 
 def test_one_streams_carried_moments_are_undone_alone(backbone, monkeypatch):
     adapter = Adapter.fresh(backbone, CONFIG, num_streams=2)
-    optimizer = new_optimizer(adapter, CONFIG)
+    optimizer = new_optimizer(adapter.parameters(), CONFIG)
     run(backbone, adapter, optimizer=optimizer)
     before = {weight: optimizer.state[weight]["exp_avg"].clone() for weight in adapter.parameters()}
     note = absorber.absorption._roll_back
@@ -150,10 +151,10 @@ def test_a_model_that_gives_nan_is_refused_before_the_first_step(model):
 @pytest.mark.parametrize("at_step", [0, 2])
 def test_no_room_on_the_device(backbone, monkeypatch, at_step):
     adapter = Adapter.fresh(backbone, CONFIG)
-    optimizer = new_optimizer(adapter, CONFIG)
+    optimizer = new_optimizer(adapter.parameters(), CONFIG)
     run(backbone, adapter, optimizer=optimizer)
     before, state = adapter.snapshot(), moments(optimizer)
-    step, calls = absorber.absorption._step, []
+    step, calls = absorber.absorption.take_step, []
 
     def full(*args):
         calls.append(1)
@@ -161,7 +162,7 @@ def test_no_room_on_the_device(backbone, monkeypatch, at_step):
             raise torch.OutOfMemoryError("no room")
         step(*args)
 
-    monkeypatch.setattr(absorber.absorption, "_step", full)
+    monkeypatch.setattr(absorber.absorption, "take_step", full)
     with pytest.raises(DeviceMemoryError, match="Make sync_tokens, context_tokens or rank smaller"):
         run(backbone, adapter, optimizer=optimizer)
     assert same(adapter, before)

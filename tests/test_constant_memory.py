@@ -10,7 +10,19 @@ import absorber
 from absorber import AbsorbConfig, Session, StreamConfig
 
 CONFIG = AbsorbConfig(
-    rank=2, max_steps=3, learning_rate=1e-4, warmup_steps=0, replay_rounds=4, anchor_texts=4, anchor_tokens=16
+    rank=2,
+    max_steps=3,
+    learning_rate=1e-4,
+    warmup_steps=0,
+    replay_rounds=4,
+    anchor_texts=4,
+    anchor_tokens=16,
+    study="light",
+    study_rank=2,
+    study_steps=2,
+    study_passages=1,
+    study_tokens=8,
+    study_rounds=6,
 )
 STREAM = StreamConfig(context_tokens=64, sync_tokens=64, read_tokens=32, max_new_tokens=4)
 WINDOW = STREAM.window_tokens
@@ -45,10 +57,11 @@ def stream_fifty_windows(model, tokenizer, after_window=lambda number: None):
                 resident_bytes(),
             )
         )
-        assert len(session._stream.reservoir.rounds) <= CONFIG.replay_rounds
+        assert len(session._stream.reservoir.items) <= CONFIG.replay_rounds
+        assert len(session._stream.studied.items) <= CONFIG.study_rounds
         assert session._stream.anchors.shape == (4, 16)
     assert min(CONFIG.replay_share, CONFIG.anchor_share) > 0
-    assert len(session._stream.reservoir.rounds) == CONFIG.replay_rounds
+    assert len(session._stream.reservoir.items) == CONFIG.replay_rounds
     assert session.memory.num_rounds >= 98
     assert session.memory.num_tokens >= 49 * WINDOW
     return held

@@ -236,6 +236,10 @@ def test_saving_and_resuming_in_between_changes_nothing(
         study_passages=1,
         study_tokens=5,
         study_cue=1,
+        study_rank=2,
+        study_steps=3,
+        study_past=1,
+        study_rounds=3,
         weight_decay=0.01,
         max_steps=6,
         replay_rounds=3,
@@ -259,22 +263,26 @@ def test_saving_and_resuming_in_between_changes_nothing(
     assert session.window_ids == whole.window_ids
     assert session.num_tokens == whole.num_tokens
     assert session.source_tokens("part 25") == 25
-    assert len(whole._stream.reservoir.rounds) == 3
-    for ours, theirs in zip(session._stream.reservoir.rounds, whole._stream.reservoir.rounds, strict=True):
+    assert len(whole._stream.reservoir.items) == 3
+    for ours, theirs in zip(session._stream.reservoir.items, whole._stream.reservoir.items, strict=True):
         assert all(map(torch.equal, ours, theirs))
+    assert len(session._stream.studied.items) == (0 if study == "off" else 3)
+    assert all(map(torch.equal, session._stream.studied.items, whole._stream.studied.items))
     assert torch.equal(session._stream.anchors, whole._stream.anchors)
     assert same(session.memory, whole.memory)
 
 
-def test_a_session_of_format_1_goes_on(begin, model, tokenizer, config, text, tmp_path):
-    """Its earlier rounds were X and Y alone."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_session_of_an_older_format_goes_on(begin, model, tokenizer, config, text, tmp_path, number):
+    """In format 2, passages to be studied stood behind X and Y; there was no list of them."""
     session = begin(config=config.replace(replay_rounds=3, anchor_texts=2, anchor_tokens=4))
     session.read("book", [text])
     session.save(tmp_path / "session")
     state = tmp_path / "session" / "session.json"
     content = json.loads(state.read_text())
-    assert [len(entry) for entry in content["replay"]] == [3, 3, 3]
-    content |= {"format": 1, "replay": [entry[:2] for entry in content["replay"]]}
+    assert [len(entry) for entry in content["replay"]] == [2, 2, 2]
+    del content["studied"]
+    content |= {"format": number, "replay": [[*entry, []][: 1 + number] for entry in content["replay"]]}
     state.write_text(json.dumps(content))
     resumed = Session.resume(tmp_path / "session", model, tokenizer)
     for either in (session, resumed):

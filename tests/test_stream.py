@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import absorber.stream
 from absorber import AbsorbConfig, ConfigError, ContextError, StreamConfig
-from absorber.absorption import RoundResult, absorb_context, new_optimizer
+from absorber.absorption import RoundResult, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
+from absorber.optimizer import new_optimizer
 from absorber.stream import Stream
 from absorber.subsequent import write_from_nothing
 
@@ -27,6 +28,17 @@ ALL = CONFIG.replace(
     max_steps=5, segments=(1, 3), replay_rounds=2, replay_share=0.6, anchor_share=0.4, anchor_texts=3, anchor_tokens=4
 )
 """With replay and anchors."""
+STUDY = ALL.replace(
+    study="light",
+    study_rank=2,
+    study_steps=3,
+    study_passages=1,
+    study_tokens=4,
+    study_cue=1,
+    study_past=1,
+    study_rounds=3,
+)
+"""With study as well."""
 
 
 class Interrupted(BaseException):
@@ -140,7 +152,7 @@ def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state
     stream = make(backbone, (6, 9), config=config)
     stream.append(real_tokens(21))
     adapter = Adapter.fresh(backbone, config)
-    carried = new_optimizer(adapter, config)
+    carried = new_optimizer(adapter.parameters(), config)
     for start in (0, 6):
         ids = real_tokens(21)[:, start : start + 15]
         optimizer = carried if optimizer_state == "carry" else None
@@ -165,7 +177,12 @@ def real_tokens(length):
     return torch.randint(1, 257, (1, length), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("base", [CONFIG, ALL], ids=["own_text", "replay_and_anchors"])
+def products(adapter):
+    """What the adapter adds to each projection."""
+    return [(adapter.up[name] @ adapter.down[name]).detach() for name in adapter.down]
+
+
+@pytest.mark.parametrize("base", [CONFIG, ALL, STUDY], ids=["own_text", "replay_and_anchors", "study"])
 @pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("failing", [(0, 0), (1, 1), (2, 2), (3, 1)])
@@ -184,34 +201,37 @@ def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, ba
 
     stream = make(backbone, (6, 9), config=config, on_step=on_step)
     before = []
-    stream._on_round = lambda rounds: before.append(stream._adapter.snapshot())
-    start = stream._adapter.snapshot()
+    stream._on_round = lambda rounds: before.append(products(stream._adapter))
+    start = products(stream._adapter)
     with pytest.raises(error):
         stream.append(real_tokens(40))
-    assert all(map(torch.equal, stream._adapter.snapshot(), before[-1] if before else start))
+    assert all(map(torch.equal, products(stream._adapter), before[-1] if before else start))
     armed = False
     stream.append(real_tokens(0))
     assert stream.num_rounds == 5
     assert torch.equal(stream.window_BT, undisturbed.window_BT)
     assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
-    kept, expected = ([part for past in each.reservoir.rounds for part in past] for each in (stream, undisturbed))
-    assert len(kept) == 3 * config.replay_rounds
+    kept, expected = ([part for past in each.reservoir.items for part in past] for each in (stream, undisturbed))
+    assert len(kept) == 2 * config.replay_rounds
     assert all(map(torch.equal, kept, expected))
+    assert len(stream.studied.items) == (3 if config.study == "light" else 0)
+    assert all(map(torch.equal, stream.studied.items, undisturbed.studied.items))
 
 
-def test_a_batch_of_streams_is_as_many_single_ones(model):
-    """With replay and anchors, over more rounds than the reservoir holds."""
+@pytest.mark.parametrize("config", [ALL, STUDY], ids=["replay_and_anchors", "study"])
+def test_a_batch_of_streams_is_as_many_single_ones(model, config):
+    """Over more rounds than the reservoir holds."""
     backbone = inspect(copy.deepcopy(model).double())
     token_ids = torch.randint(1, 257, (3, 60), generator=torch.Generator().manual_seed(6))
-    batch = make(backbone, (6, 9), num_streams=3, config=ALL)
+    batch = make(backbone, (6, 9), num_streams=3, config=config)
     batch.append(token_ids)
     assert batch.num_rounds == 8
     assert batch.anchors.shape == (3, 4)
     for row in range(3):
-        single = make(backbone, (6, 9), config=ALL)
+        single = make(backbone, (6, 9), config=config)
         single.append(token_ids[row : row + 1])
         assert torch.equal(single.anchors, batch.anchors)
-        for ours, alone in zip(batch.reservoir.rounds, single.reservoir.rounds, strict=True):
+        for ours, alone in zip(batch.reservoir.items, single.reservoir.items, strict=True):
             assert all(torch.equal(part[row : row + 1], own) for part, own in zip(ours, alone, strict=True))
         for ours, alone in zip(batch._adapter.parameters(), single._adapter.parameters(), strict=True):
             torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-5)
@@ -227,7 +247,7 @@ def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
     stream.flush(eos_ids={0}, generator=torch.Generator())
     real = [(x[0], [token for token in y[0] if token != 7]) for x, y in absorbed.rounds]
     for number, (past, anchors) in enumerate(absorbed.given):
-        pairs = [(x[0].tolist(), y[0].tolist()) for x, y, _ in past]
+        pairs = [(x[0].tolist(), y[0].tolist()) for x, y in past]
         assert len(pairs) == min(number, 2)
         assert all(pair in real[:number] for pair in pairs)
         assert torch.equal(anchors, write_from_nothing(backbone, ALL, sink_id=0))

@@ -122,7 +122,7 @@ def interrupt_round(monkeypatch, number):
     import absorber.absorption
 
     count = 0
-    original = absorber.absorption._step
+    original = absorber.absorption.take_step
 
     def step(*arguments):
         nonlocal count
@@ -131,4 +131,4 @@ def interrupt_round(monkeypatch, number):
         if count == 2 * number:  # two steps a round
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(absorber.absorption, "_step", step)
+    monkeypatch.setattr(absorber.absorption, "take_step", step)

@@ -65,7 +65,7 @@ def test_interrupt_keeps_what_was_read(cli, book, tmp_path, monkeypatch):
     import absorber.absorption
 
     calls = []
-    original = absorber.absorption._step
+    original = absorber.absorption.take_step
 
     def step(*arguments):
         calls.append(1)
@@ -73,7 +73,7 @@ def test_interrupt_keeps_what_was_read(cli, book, tmp_path, monkeypatch):
         if len(calls) == 5:  # in the third round
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(absorber.absorption, "_step", step)
+    monkeypatch.setattr(absorber.absorption, "take_step", step)
     folder = tmp_path / "session"
     result = cli("stream", book, "--session", folder, *SMALL, "--json")
     assert (result.code, result.events[-1]["event"], result.events[-1]["num_rounds"]) == (130, "interrupted", 2)
