@@ -59,6 +59,7 @@ BAD_ABSORB = {
     "study_passages": COUNT,
     "study_tokens": (*COUNT, 1),
     "study_cue": (*COUNT, 24),
+    "study_written_tokens": (*COUNT, 1),
     "study_past": FROM_ZERO,
     "study_rounds": FROM_ZERO,
     "anchor_share": SHARE,

@@ -8,7 +8,7 @@ import torch
 from absorber import PRESETS, AbsorbConfig, DivergedError
 from absorber.backbone import eos_tokens, inspect
 from absorber.lessons import Lesson, Lessons, Past, Reservoir
-from absorber.subsequent import write_from_nothing
+from absorber.subsequent import write_about, write_from_nothing
 from architectures import ARCHITECTURES, build
 
 CONFIG = AbsorbConfig(rank=2, max_steps=16, replay_share=0.5, anchor_share=0.2, anchor_texts=6, anchor_tokens=10)
@@ -176,6 +176,27 @@ def test_each_token_is_drawn_after_all_before_it(name):
         logits[:, 0] = -torch.inf
         whole = torch.cat([whole, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)], dim=1)
     assert torch.equal(write_from_nothing(backbone, config, sink_id=0), whole[:, 1:])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_texts_about_a_context_are_drawn_token_by_token_after_it(name):
+    """Also where a model keeps no key-value cache, and each stream as if it were alone."""
+    backbone, prompts = inspect(build(name)), ([5, 6, 7], [], [8])
+    context = torch.randint(1, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    ours = write_about(backbone, context, prompts, 5, sink_id=0, seed=3).view(2, 3, 5)
+    banned = sorted({0} | eos_tokens(backbone.model))
+    for stream in range(2):
+        generator = torch.Generator().manual_seed(3)
+        rows = [[0, *context[stream].tolist()] for _ in prompts]
+        for place in range(5):
+            with torch.no_grad():
+                logits = backbone.model(input_ids=torch.tensor(rows), use_cache=False).logits[:, -1].float()
+            logits[:, banned] = -torch.inf
+            noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+            drawn = (logits / 0.7 + noise).argmax(dim=-1).tolist()
+            for row, prompt, token in zip(rows, prompts, drawn, strict=True):
+                row.append(prompt[place] if place < len(prompt) else token)
+        assert ours[stream].tolist() == [row[7:] for row in rows]
 
 
 def test_anchors_are_no_longer_than_the_model_has_positions():

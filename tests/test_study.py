@@ -11,7 +11,7 @@ from absorber.backbone import inspect, sentence_breaks, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError
 from absorber.stream import Stream
-from absorber.study import begin, choose_passages, learn, passages_of_steps, study_loss
+from absorber.study import begin, choose_passages, learn, make_guide, passages_of_steps, study_loss
 
 CONFIG = AbsorbConfig(
     rank=4,
@@ -96,6 +96,13 @@ def test_the_base_is_not_touched_by_choosing(model, backbone):
     choose_passages(backbone, torch.full((1, 20), 70), CONFIG, sink_id=0, breaks_V=None)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [weight.requires_grad for weight in model.parameters()] == flags
+
+
+def test_the_guide_has_prompts_in_tokens_of_the_model(model, tokenizer):
+    guide = make_guide(tokenizer, model)
+    assert torch.equal(guide.breaks_V, sentence_breaks(tokenizer, model))
+    assert tokenizer.decode(guide.prompts[0]) == "\n\nQuestion:"
+    assert len(set(guide.prompts)) == len(guide.prompts) == 5
 
 
 # --- Where it is kept
@@ -254,13 +261,16 @@ def test_each_part_is_trained_by_its_own_text(backbone):
         assert not torch.equal(adapter.parameters()[index + 1][:, :, :4], after[index + 1][:, :, :4])
 
 
-def test_a_session_studies(model, tokenizer):
-    config = CONFIG.replace(max_steps=2, study_steps=2)
+@pytest.mark.parametrize("study", ["light", "full"])
+def test_a_session_studies(model, tokenizer, study):
+    config = CONFIG.replace(study=study, max_steps=2, study_steps=3, study_written_tokens=16)
     stream = StreamConfig(context_tokens=32, sync_tokens=32)
     with absorber.Session(model, tokenizer, config, stream) as session:
         session.append("Nobody came. The pass key is 40316. They left at noon, and took all they had with them.\n" * 2)
         studied = session._stream.studied.items
+        changed = any(up[:, :, 4:].any() for up in session.memory.adapter.up.values())
     assert studied
+    assert changed
     for kept in studied:
         assert kept.shape == (1, 18)
         assert (kept >= 0).any()

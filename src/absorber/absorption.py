@@ -65,6 +65,7 @@ def absorb_context(
     sink_id: int,
     num_generated: int = 0,
     study_BS: Tensor | None = None,
+    written_BT: Tensor | None = None,
     studied: Sequence[Tensor] = (),
     past: Sequence[Past] = (),
     anchors: Tensor | None = None,
@@ -85,6 +86,7 @@ def absorb_context(
             out, for they tell nothing about the stream.
         study_BS: Passages of X to be learned by heart before, from `study.choose_passages`; the adapter's part for them
             has begun (`study.begin`).
+        written_BT: Texts that the base wrote about X, of `study_written_tokens` tokens each; for study.
         studied: Those of earlier rounds, to be studied again.
         past: Earlier rounds, to train on again.
         anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
@@ -132,7 +134,21 @@ def absorb_context(
             )
             if study_BS is not None:
                 _look(backbone, adapter, before, lessons.own, results, config, sink_id=sink)
-                learn(backbone, adapter, study_BS, studied, config, sink_id=sink, round_number=round_number)
+                written = None
+                if written_BT is not None:
+                    texts = written_BT.shape[1] // config.study_written_tokens
+                    written = Lesson(context_BN, written_BT, written_BT.shape[1], (texts,), is_anchor=True)
+                    written.target = _teach(backbone, adapter, before, written, config, sink_id=sink)
+                learn(
+                    backbone,
+                    adapter,
+                    study_BS,
+                    studied,
+                    config,
+                    sink_id=sink,
+                    round_number=round_number,
+                    written=written,
+                )
             _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:

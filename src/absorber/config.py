@@ -174,12 +174,13 @@ class AbsorbConfig(_Settings):
     """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them."""
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
-    study: Literal["off", "light"] = "off"
-    """How the model studies a context, so that its facts are kept. light: the sentences that it expects least are
-    learned by heart, with a part of the adapter that is for them alone."""
+    study: Literal["off", "light", "full"] = "off"
+    """How the model studies a context, so that its facts are kept, with a part of the adapter that is for them alone.
+    light: the sentences that it expects least are learned by heart. full: they are also learned in the wake of other
+    text, and the memory learns what the base, with the context in view, writes about it."""
     study_rank: int = 64
     """Rank of that part, beside `rank`."""
-    study_floor: float = 0.03
+    study_floor: float = 0.1
     """How far that part keeps away from the inputs of ordinary text: directions that ordinary text uses more than this
     much of the mean direction's share are held down. Smaller: further away, and slower to learn."""
     study_steps: int = 32
@@ -193,6 +194,9 @@ class AbsorbConfig(_Settings):
     study_cue: int = 6
     """How many tokens at the beginning of a sentence are given and not learned: nothing tells them from the sink alone,
     and a model that learns them says them everywhere."""
+    study_written_tokens: int = 48
+    """full: tokens of each text that the base writes about a context: a question with its answer, a list of names and
+    numbers, a summary, a rewording, a continuation."""
     study_past: int = 2
     """From how many earlier rounds each step studies the sentences again."""
     study_rounds: int = 64
@@ -224,7 +228,7 @@ class AbsorbConfig(_Settings):
         self._check_counts(
             "max_steps", "rank", "study_rank", "study_steps", "study_passages", "study_cue", "anchor_texts"
         )
-        self._check_counts("anchor_tokens", "study_tokens", at_least=2)
+        self._check_counts("anchor_tokens", "study_tokens", "study_written_tokens", at_least=2)
         self._check_counts("replay_rounds", "study_past", "study_rounds", at_least=0)
         for name in ("study_floor", "study_learning_rate"):
             self.check(name, 0 < getattr(self, name) < math.inf, "above zero")

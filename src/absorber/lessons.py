@@ -46,7 +46,7 @@ class Lesson:
     segments: tuple[int, ...]
     """Into how many pieces the student's Y is cut, step by step in turn."""
     is_anchor: bool = False
-    """Whether it is a text on which the model should stay as it is: the teacher is the base, and reads its pieces."""
+    """Whether the teacher is the base whatever the settings, and reads the pieces one by one as well."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
 

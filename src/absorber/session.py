@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from absorber import saved_session
-from absorber.backbone import eos_tokens, inspect, sentence_breaks, sink_token, untouched
+from absorber.backbone import eos_tokens, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
 from absorber.generation import Decoder, choose_token
@@ -21,6 +21,7 @@ from absorber.lessons import Past
 from absorber.memory import Memory, Round
 from absorber.saved_session import Moments, SavedSession, is_session
 from absorber.stream import Stream
+from absorber.study import make_guide
 from absorber.text import as_turn, cut
 
 # What the weights of a memory have been made with.
@@ -109,7 +110,7 @@ class Session:
             config,
             stream,
             sink_id=memory.sink_id,
-            breaks_V=None if config.study == "off" else sentence_breaks(tokenizer, model),
+            guide=None if config.study == "off" else make_guide(tokenizer, model),
             on_step=self._on_step,
             on_round=self._on_round,
         )

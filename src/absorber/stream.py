@@ -22,7 +22,8 @@ from absorber.errors import ConfigError, ContextError
 from absorber.lessons import Past, Reservoir
 from absorber.memory import Round
 from absorber.optimizer import new_optimizer
-from absorber.subsequent import generate_subsequent, write_from_nothing
+from absorber.study import Guide
+from absorber.subsequent import generate_subsequent, write_about, write_from_nothing
 
 OnStep = Callable[[int, Tensor], None]
 OnRound = Callable[[list[Round]], None]
@@ -39,7 +40,7 @@ class Stream:
         stream: StreamConfig,
         *,
         sink_id: int,
-        breaks_V: Tensor | None = None,
+        guide: Guide | None = None,
         on_step: OnStep | None = None,
         on_round: OnRound | None = None,
     ) -> None:
@@ -51,7 +52,7 @@ class Stream:
             config: How a context is absorbed.
             stream: n, m, and what to do at the end.
             sink_id: First token of teacher and student.
-            breaks_V: For each token of the vocabulary, whether a sentence may begin after it; for study.
+            guide: For study; without it, passages are cut anywhere and the base writes continuations alone.
             on_step: Called before each optimizer step with its number and the losses [B].
             on_round: Called after each round with one ledger line per stream.
 
@@ -65,7 +66,7 @@ class Stream:
             )
         check_positions(backbone, stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
-        self._sink_id, self._breaks_V = sink_id, breaks_V
+        self._sink_id, self._guide = sink_id, guide
         self._on_step, self._on_round = on_step, on_round
         self.optimizer = new_optimizer(adapter.parameters(), config) if config.optimizer_state == "carry" else None
         self.window_BT = torch.zeros(adapter.num_streams, 0, dtype=torch.long)
@@ -141,13 +142,9 @@ class Stream:
             self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
-        passages_BS = None
+        passages_BS = written_BT = None
         if self._config.study != "off":
-            where = {"sink_id": self._sink_id}
-            study.begin(self._backbone, self._adapter, self.window_BT.to(place), self.anchors, self._config, **where)
-            passages_BS = study.choose_passages(
-                self._backbone, context_BN.to(place), self._config, breaks_V=self._breaks_V, **where
-            )
+            passages_BS, written_BT = self._prepare_study(context_BN)
         results = absorb_context(
             self._backbone,
             self._adapter,
@@ -157,6 +154,7 @@ class Stream:
             sink_id=self._sink_id,
             num_generated=generated_BT.shape[1],
             study_BS=None if passages_BS is None else passages_BS.to(place),
+            written_BT=None if written_BT is None else written_BT.to(place),
             studied=[kept.to(place) for kept in self.studied.items],
             past=[kept.to(place) for kept in self.reservoir.items],
             anchors=self.anchors,
@@ -188,3 +186,22 @@ class Stream:
                     for result in results
                 ]
             )
+
+    def _prepare_study(self, context_BN: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Passages [B, S] of X to be learned by heart, and, if study is full, texts [B, P * T] that the base writes."""
+        backbone, config, sink_id, guide = self._backbone, self._config, self._sink_id, self._guide
+        place = backbone.device
+        study.begin(backbone, self._adapter, self.window_BT.to(place), self.anchors, config, sink_id=sink_id)
+        breaks_V = None if guide is None else guide.breaks_V
+        passages_BS = study.choose_passages(backbone, context_BN.to(place), config, sink_id=sink_id, breaks_V=breaks_V)
+        if config.study == "light":
+            return passages_BS, None
+        written_BT = write_about(
+            backbone,
+            context_BN.to(place),
+            ((),) if guide is None else guide.prompts,
+            config.study_written_tokens,
+            sink_id=sink_id,
+            seed=config.seed + self.num_rounds,
+        )
+        return passages_BS, written_BT

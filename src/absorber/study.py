@@ -12,18 +12,44 @@ Shapes: B streams, N context tokens, S tokens of passages, R rank, I inputs of a
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, forward_states, num_features, untouched, with_sink
+from absorber.backbone import Backbone, forward_states, num_features, sentence_breaks, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
+from absorber.lessons import Lesson
 from absorber.optimizer import scheduled, take_step
+from absorber.student import gradients
 from absorber.synchronization import Target, distribution_loss
 
 # --- What is studied
+
+_PROMPTS = (
+    "\n\nQuestion:",
+    "\n\nNames and numbers in this text:\n-",
+    "\n\nIn short,",
+    "\n\nIn other words,",
+    "\n",
+)
+
+
+class Guide(NamedTuple):
+    """What study has to know of a language."""
+
+    breaks_V: Tensor
+    """For each token of the vocabulary, whether a sentence may begin after it."""
+    prompts: tuple[tuple[int, ...], ...]
+    """Beginnings of texts that the model writes about a context, as token ids."""
+
+
+def make_guide(tokenizer: Any, model: Any) -> Guide:
+    """Make the guide of a tokenizer; the model's vocabulary may be larger than the tokenizer's."""
+    prompts = (tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in _PROMPTS)
+    return Guide(sentence_breaks(tokenizer, model), tuple(prompts))
 
 
 @torch.no_grad()
@@ -223,8 +249,9 @@ def learn(
     *,
     sink_id: int | None,
     round_number: int,
+    written: Lesson | None = None,
 ) -> None:
-    """Learn a context's passages by heart, and some of earlier ones again, with the part of the adapter that is for it.
+    """Study a context, and passages of earlier ones again, with the part of the adapter that is for it.
 
     Args:
         backbone: The model, with `adapter` attached.
@@ -234,26 +261,36 @@ def learn(
         config: Steps and learning rate.
         sink_id: First token of each passage, or None.
         round_number: Decides together with the seed which earlier rounds come when.
+        written: What the base wrote about X, and says of it with X in view. If it is given, the steps are in turn on
+            passages read alone, on passages read one after another, and on this.
     """
     optimizer = torch.optim.AdamW(adapter.up.values(), lr=config.study_learning_rate, weight_decay=0.0, fused=True)
     everyone_B = torch.ones(len(own_BS), dtype=torch.bool, device=own_BS.device)
     graphs = graphs_of(backbone, adapter) if config.cuda_graphs else None
     weights = adapter.parameters()
+    # Against the teacher's distributions alone, whatever the round itself is on.
+    distill = config.replace(
+        study="off", hidden_weight=0.0, kl_weight=1.0, next_token_weight=0.0, update_penalty="none", positions="own"
+    )
 
     def compute(passages_BS: Tensor) -> Tensor:
-        return study_loss(backbone, passages_BS, config, sink_id=sink_id, together=together)
+        return study_loss(backbone, passages_BS, config, sink_id=sink_id, together=turn == 1)
 
     def compute_without_masks(passages_BS: Tensor) -> Tensor:
         with without_masks(backbone):
             return compute(passages_BS)
 
     for step, passages_BS in enumerate(passages_of_steps(own_BS, past, config, round_number=round_number)):
-        together = step % 2 == 1
+        turn = step % 3 if written is not None else 0
         for weight in weights:
             weight.grad = None
-        key = ("study", together, config)
-        if graphs is None or graphs.run(key, compute_without_masks, [passages_BS], everyone_B, weights) is None:
-            compute(passages_BS).sum().backward()  # type: ignore[no-untyped-call]
+        if turn == 2 and written is not None:
+            segments = written.pieces(0)
+            gradients(backbone, adapter, [], written, distill, everyone_B, sink_id=sink_id, segments=segments)
+        else:
+            key = ("study", turn, config)
+            if graphs is None or graphs.run(key, compute_without_masks, [passages_BS], everyone_B, weights) is None:
+                compute(passages_BS).sum().backward()  # type: ignore[no-untyped-call]
         adapter.keep_gradients(slice(config.rank, None), of_down=False)
         rate = scheduled(config.study_learning_rate, step, config.study_steps, config)
         take_step(optimizer, adapter, everyone_B, rate, config)

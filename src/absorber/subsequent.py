@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, eos_tokens, untouched
+from absorber.backbone import Backbone, eos_tokens, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
+
+_TEMPERATURE = 0.7
+_NAN = "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
 
 
 def generate_subsequent(
@@ -91,12 +94,69 @@ def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int
             output = backbone.decoder(input_ids=given_QT.to(backbone.device), past_key_values=cache, use_cache=True)
             logits_QV = backbone.logits(output.last_hidden_state[:, -1]).float().cpu()
             if logits_QV.isnan().any():
-                raise DivergedError(
-                    "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
-                )
+                raise DivergedError(_NAN)
             logits_QV[:, banned] = -torch.inf
             next_Q1 = torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
             texts_QT = torch.cat([texts_QT, next_Q1], dim=1)
             # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
             given_QT = texts_QT if getattr(output, "past_key_values", None) is None else next_Q1
     return texts_QT[:, 1:]
+
+
+@torch.no_grad()
+def write_about(
+    backbone: Backbone,
+    context_BN: Tensor,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    sink_id: int,
+    seed: int,
+) -> Tensor:
+    """Let the base model, with a context in view, go on from each of some beginnings.
+
+    The texts are what a memory of the context should know to say: questions with answers, lists, summaries, rewordings,
+    whatever the beginnings ask for (self-study, as in Cartridges, arXiv 2506.06266).
+
+    Args:
+        backbone: The model, with no adapter attached.
+        context_BN: X.
+        prompts: The beginnings, P of them.
+        num_tokens: Length of each text, its beginning included.
+        sink_id: What stands before the context.
+        seed: Of the sampling, at temperature 0.7; the noise is the same for all streams.
+
+    Returns:
+        Token ids [B, P * T], on the CPU.
+
+    Raises:
+        DivergedError: If the model gives logits that are nan.
+    """
+    num_streams, generator = context_BN.shape[0], torch.Generator().manual_seed(seed)
+    banned = sorted({sink_id} | eos_tokens(backbone.model))
+    prefix_BT = with_sink(sink_id, context_BN)
+    texts_RT: Tensor = prefix_BT.cpu().repeat_interleave(len(prompts), dim=0)
+    cache = DynamicCache(config=backbone.model.config)
+    with untouched(backbone.model):
+        output = backbone.decoder(input_ids=prefix_BT, past_key_values=cache, use_cache=True)
+        has_cache = getattr(output, "past_key_values", None) is not None
+        if has_cache:
+            cache.batch_repeat_interleave(len(prompts))
+        last_RD = output.last_hidden_state[:, -1].repeat_interleave(len(prompts), dim=0)
+        for place in range(num_tokens):
+            logits_BPV = backbone.logits(last_RD).float().cpu()
+            logits_BPV = logits_BPV.view(num_streams, len(prompts), -1)
+            if logits_BPV.isnan().any():
+                raise DivergedError(_NAN)
+            logits_BPV[..., banned] = -torch.inf
+            noise_PV = -torch.empty(logits_BPV.shape[1:]).exponential_(generator=generator).log()
+            next_BP = (logits_BPV / _TEMPERATURE + noise_PV).argmax(dim=-1)  # Gumbel: a draw from the softmax
+            for index, prompt in enumerate(prompts):
+                if place < len(prompt):
+                    next_BP[:, index] = prompt[place]
+            next_R1 = next_BP.reshape(-1, 1)
+            texts_RT = torch.cat([texts_RT, next_R1], dim=1)
+            given_RT = next_R1 if has_cache else texts_RT
+            output = backbone.decoder(input_ids=given_RT.to(backbone.device), past_key_values=cache, use_cache=True)
+            last_RD = output.last_hidden_state[:, -1]
+    return texts_RT[:, prefix_BT.shape[1] :].reshape(num_streams, -1)

@@ -143,7 +143,7 @@ def test_variants_differ_in_effect(table, deep, tokenizer):
     text = (
         "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness."
     )
-    texts = Streams(token_ids_BT=torch.tensor([tokenizer(text)["input_ids"]]), breaks_V=None, drift={})
+    texts = Streams(token_ids_BT=torch.tensor([tokenizer(text)["input_ids"]]), guide=None, drift={})
     sink = sink_token(deep, tokenizer)
     measured = {}
     for cell in cells(task, [table], num_layers=4):

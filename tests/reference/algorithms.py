@@ -121,12 +121,27 @@ def study_loss(model, lora, passages, config, sink, *, together=False):
     return torch.stack(picked).mean()
 
 
-def learn(model, lora, studies, config, sink):
-    """Study: B of the last ranks learns the passages of each step, every second time one after another."""
+def written_loss(model, lora, context, texts, config, sink):
+    """KL between the base that reads each text after X and the student that reads it alone."""
+    student, teacher = [], []
+    for text in texts:
+        with torch.no_grad():
+            teacher.append(read(plain, model, [*sink, *context, *text], first=len(sink) + len(context))[2])
+        student.append(read(lora.run, model, [*sink, *text], first=len(sink))[2])
+    return losses.kl(torch.cat(student), [(torch.cat(teacher), 1.0)])
+
+
+def learn(model, lora, studies, config, sink, context, texts):
+    """Study: B of the last ranks learns the passages of each step. If there are written texts, the steps are in turn on
+    passages alone, on passages one after another, and on those texts."""
     ups = [up for name, up in lora.up.items()]
     optimizer = torch.optim.AdamW(ups, lr=config.study_learning_rate, weight_decay=0.0)
     for step, passages in enumerate(studies):
-        loss = study_loss(model, lora, passages, config, sink, together=step % 2 == 1)
+        turn = step % 3 if texts else 0
+        if turn == 2:
+            loss = written_loss(model, lora, context, texts, config, sink)
+        else:
+            loss = study_loss(model, lora, passages, config, sink, together=turn == 1)
         gradients = torch.autograd.grad(loss, ups)
         for gradient in gradients:
             gradient[:, : config.rank] = 0
@@ -178,11 +193,13 @@ def absorb_context(
     replayed=(),
     anchor_texts=(),
     studies=None,
+    written=(),
     plan=None,
 ):
     """Algorithm 1. Trains `lora` in place; returns (losses on its own text, whether the round was rolled back).
 
-    `studies` has for every step of study, before the others, the passages to be learned by heart.
+    `studies` has for every step of study, before the others, the passages to be learned by heart; `written` has the
+    texts about X, if study is full.
     `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
     """
     plan = plan or ["own"] * config.max_steps
@@ -213,7 +230,7 @@ def absorb_context(
     trace = []
     if studies:
         trace.append(loss_at(0, "own").item())
-        learn(model, lora, studies, config, sink)
+        learn(model, lora, studies, config, sink, context, written)
     for step in range(config.max_steps):
         loss = loss_at(step, plan[step])
         if plan[step] == "own":

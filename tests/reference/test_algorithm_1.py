@@ -222,6 +222,7 @@ WITH_LESSONS = {
     "longer_anchors": {"anchor_tokens": 17},
     "study": STUDY,
     "study_without_replay": STUDY | {"replay_rounds": 0, "study_cue": 1, "study_past": 0, "warmup_steps": 0},
+    "study_full": STUDY | {"study": "full", "study_written_tokens": 5, "hidden_weight": 1.0, "positions": "teacher"},
     "study_no_sink": STUDY | {"sink": "none", "hidden_weight": 1.0, "gradient_clip": 0.05},
 }
 
@@ -274,10 +275,12 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
         context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
         past = list(reservoir.items)
         plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), past, anchors, config, number)
-        study_BS, studies = None, []
+        study_BS, written_BT, studies = None, None, []
         if config.study != "off":
             study_BS = passages_in(context_BN, config)
             studies = list(passages_of_steps(study_BS, studied, config, round_number=number))
+        if config.study == "full":
+            written_BT = subsequent_BM[:, 1:11].flip(1)
         seen |= set(plan)
         results = absorb_context(
             backbone,
@@ -288,6 +291,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             sink_id=SINK,
             num_generated=3,
             study_BS=study_BS,
+            written_BT=written_BT,
             studied=studied,
             past=past,
             anchors=anchors,
@@ -307,6 +311,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
                 replayed=[(x[b].tolist(), y[b].tolist()) for x, y in past],
                 anchor_texts=texts,
                 studies=[as_lists(rows[b], config) for rows in studies],
+                written=[] if written_BT is None else written_BT[b].reshape(2, 5).tolist(),
                 plan=plan,
             )
             assert results[b].losses == pytest.approx(losses, rel=1e-4)

@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from absorber.backbone import forward_states, sentence_breaks, untouched
+from absorber.backbone import forward_states, untouched
 from absorber.bench.data import documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
 from absorber.bench.methods import Reader, Setting
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.errors import BenchmarkError
+from absorber.study import Guide, make_guide
 
 
 @dataclass(slots=True)
@@ -36,8 +37,8 @@ class Planted:
     """Of each stream, in the order of the text."""
     tokenize: Callable[[str], list[int]]
     """Without special tokens."""
-    breaks_V: Tensor
-    """For each token, whether a sentence may begin after it."""
+    guide: Guide
+    """For study."""
     in_view: dict[tuple[int, Wording], dict[str, list[float]]] = field(default_factory=dict)
     """What the model answers with the context in view, by round and wording."""
 
@@ -73,7 +74,7 @@ class Recall(Task):
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
 
-        breaks_V = sentence_breaks(tokenizer, model)
+        guide = make_guide(tokenizer, model)
         plain_BT = streams(
             tokenizer,
             documents(self.kind, data_dir, self.split),
@@ -87,9 +88,9 @@ class Recall(Task):
             # Streams begin with different kinds, so that every age is asked about all of them.
             own = draw_facts(self.num_facts * self.num_rounds, seed=f"{self.seed}/{index}", first_kind=index)
             dice = random.Random(f"places/{self.seed}/{index}")
-            rows.append(_plant(self, plain, own, tokenize, breaks_V, dice))
+            rows.append(_plant(self, plain, own, tokenize, guide.breaks_V, dice))
             facts.append(own)
-        return Planted(torch.tensor(rows), facts, tokenize, breaks_V)
+        return Planted(torch.tensor(rows), facts, tokenize, guide)
 
     def examine(self, setting: Setting, reader: Reader, texts: Planted, number: int) -> dict[str, list[float]]:
         """Ask for facts of every age; the figures are named metric/age/wording/view."""

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from absorber.backbone import sentence_breaks
 from absorber.bench.data import Kind, Split, documents, streams
 from absorber.bench.methods import Reader, Setting
 from absorber.bench.methods.full import Full
 from absorber.bench.records import Record
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
 from absorber.bench.task import Checkpoint, Task, as_gap
+from absorber.study import Guide, make_guide
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
 
@@ -32,8 +32,8 @@ class Streams:
 
     token_ids_BT: Tensor
     """Everything that is read, and the last passage."""
-    breaks_V: Tensor
-    """For each token, whether a sentence may begin after it."""
+    guide: Guide
+    """For study."""
     drift: dict[str, Tensor]
     """Unrelated passages [B, P] by kind, of the other half of the documents."""
     full_BPD: dict[int, Tensor] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Retention(Task):
         other: Split = "choose" if self.split == "report" else "report"
         return Streams(
             token_ids_BT=cut(self.kind, self.split, length),
-            breaks_V=sentence_breaks(tokenizer, model),
+            guide=make_guide(tokenizer, model),
             drift={kind: cut(kind, other, self.passage_tokens) for kind in drift_kinds},
         )
 

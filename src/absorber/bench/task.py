@@ -20,6 +20,7 @@ from absorber.bench.data import Kind, Split
 from absorber.bench.methods import Method, Reader, Setting
 from absorber.bench.records import Record, gap_interval, mean_interval
 from absorber.config import StreamConfig
+from absorber.study import Guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class Texts(Protocol):
 
     token_ids_BT: Tensor
     """What is read: m + n * rounds tokens, and what the task keeps behind them."""
-    breaks_V: Tensor
-    """For each token, whether a sentence may begin after it."""
+    guide: Guide
+    """For study."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ class Task(abc.ABC):
             sink_id=sink_id,
             num_streams=self.num_streams,
             seed=self.seed,
-            breaks_V=texts.breaks_V,
+            guide=texts.guide,
         )
         reader, seconds, begin = method.begin(setting), 0.0, 0
         for number in range(self.num_rounds + 1):

@@ -50,7 +50,7 @@ class LoRAReader(Reader):
             config,
             setting.stream,
             sink_id=setting.sink_id,
-            breaks_V=setting.breaks_V,
+            guide=setting.guide,
             on_round=self.rounds.append,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from absorber.backbone import Backbone
 from absorber.config import StreamConfig
+from absorber.study import Guide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,8 @@ class Setting:
     """B."""
     seed: int
     """Of the method's randomness."""
-    breaks_V: Tensor | None = None
-    """For each token, whether a sentence may begin after it."""
+    guide: Guide | None = None
+    """For study."""
 
 
 class Reader:
