@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absorber.bench.records import Record, model_label
+from absorber.bench.records import Record, mean_interval, model_label
 from absorber.errors import BenchmarkError
 
 Row = tuple[str, ...]
@@ -57,33 +57,48 @@ def _worst_round(own: Sequence[Record], without: Sequence[Record]) -> str:
 
 
 def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books") -> None:
-    """Draw the gap closed round by round, windowed and contextless, one line per method.
+    """Draw a run round by round, one line per method: what the memory saves, the gap that it closes, and its drift.
 
-    Of runs of several lengths the longest are drawn. Of several seeds the line is their mean, and the band reaches from
-    the lowest to the highest end of their intervals.
+    Of runs of several lengths the longest are drawn; streams of several seeds are taken together. What is saved is the
+    nll with no memory (`truncation` on the same streams) less the nll with it, both with the window: its gap closed
+    is a ratio to what full attention saves there, which may be next to nothing.
 
     Raises:
         BenchmarkError: If there are no records of this kind.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    views = ("windowed", "contextless")
-    panels = dict(zip(views, figure.subplots(1, 2), strict=True))
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    saved, closed, drift = figure.subplots(1, 3)
     lines = _lines(records, kind, "retention")
+    none = {
+        (record.round, record.seed): record.per_sample
+        for record in lines.get("truncation", ())
+        if record.metric == "windowed_nll"
+    }
     for method, own in lines.items():
-        for view, panel in panels.items():
-            found = defaultdict(list)
-            for record in own:
-                if record.metric == f"{view}_gap_closed":
-                    found[record.round].append(record)
-            _draw(panel, found, label=method)
-    for view, panel in panels.items():
+        gaps: dict[int, list[Record]] = defaultdict(list)
+        savings: dict[int, list[float]] = defaultdict(list)
+        drifts: dict[int, list[float]] = defaultdict(list)
+        for record in own:
+            if record.metric == "contextless_gap_closed":
+                gaps[record.round].append(record)
+            elif record.metric == "windowed_nll" and (record.round, record.seed) in none:
+                pairs = zip(none[record.round, record.seed], record.per_sample, strict=True)
+                savings[record.round] += [without - with_memory for without, with_memory in pairs]
+            elif record.metric == "drift_nll" and record.config["drift_kind"] == kind:
+                drifts[record.round] += record.per_sample
+        _draw(closed, gaps, label=method)
+        for panel, samples in ((saved, savings), (drift, drifts)):
+            _draw_means(panel, samples, label=method)
+    saved.set(title="saved with the window in view, nats", xlabel="rounds")
+    closed.set(title="gap closed without the window, %", xlabel="rounds")
+    drift.set(title=f"drift on other {kind}, nats", xlabel="rounds")
+    for panel in (saved, closed, drift):
         panel.axhline(0, color="#999999", linewidth=0.8)
-        panel.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
-        panel.set(title=f"{view}: gap closed, %", xlabel="rounds")
-    panels["windowed"].legend(frameon=False, fontsize=8)
-    _title(figure, next(iter(lines.values()))[0], f"streams of {kind}; 100 % is full attention")
+    closed.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
+    closed.legend(frameon=False, fontsize=8)
+    _title(figure, next(iter(lines.values()))[0], f"streams of {kind} a seed; bands are 95 % intervals")
     figure.savefig(path, dpi=130)
 
 
@@ -94,6 +109,14 @@ def _draw(panel: Any, found: Mapping[int, Sequence[Record]], **style: Any) -> No
     drawn = panel.plot(places, means, "o-", markersize=3, **style)
     low = [100 * min(r.value if r.ci95_low is None else r.ci95_low for r in found[at]) for at in places]
     high = [100 * max(r.value if r.ci95_high is None else r.ci95_high for r in found[at]) for at in places]
+    panel.fill_between(places, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
+
+
+def _draw_means(panel: Any, samples: Mapping[int, Sequence[float]], **style: Any) -> None:
+    """A line through the means of the samples at each place, and a band over their intervals."""
+    places = sorted(samples)
+    means, low, high = zip(*(mean_interval(samples[at]) for at in places), strict=True) if places else ((), (), ())
+    drawn = panel.plot(places, means, "o-", markersize=3, **style)
     panel.fill_between(places, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
 
 
