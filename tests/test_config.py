@@ -77,6 +77,7 @@ BAD_STREAM = {
     "sync_tokens": (*COUNT, 1),
     "flush": CHOICE,
     "flush_temperature": WEIGHT,
+    "gate": CHOICE,
     "read_tokens": COUNT,
     "max_new_tokens": COUNT,
     "temperature": WEIGHT,

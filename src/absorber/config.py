@@ -291,6 +291,9 @@ class StreamConfig(_Settings):
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus sampling: smallest set of tokens with this much probability."""
+    gate: Literal["off", "entropy", "likelihood"] = "off"
+    """When a question is answered without the memory: never; if the memory makes the first token of the answer more
+    uncertain; if it makes the question less likely. The question is then read twice, with the window."""
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,9 +14,10 @@ from typing import Any, Self
 import torch
 
 from absorber import saved_session
-from absorber.backbone import eos_tokens, inspect, sink_token, untouched
+from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
+from absorber.gate import Rule, Signals, opens, signals
 from absorber.generation import Decoder, choose_token
 from absorber.lessons import Past
 from absorber.memory import Memory, Round
@@ -222,6 +224,7 @@ class Session:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        gate: Rule | None = None,
     ) -> str:
         """Answer from memory and window; the session stays as it is, question and answer forgotten.
 
@@ -231,6 +234,7 @@ class Session:
             temperature: Same.
             top_p: Same.
             seed: Of the sampling; that of the session, as far as it has come, if left out.
+            gate: As in `StreamConfig`, which has its default.
 
         Raises:
             ContextError: If the question is empty, or too long for the model with the window.
@@ -243,9 +247,12 @@ class Session:
             generator.set_state(self._generator.get_state())
         else:
             generator.manual_seed(seed)
-        with self._speaking():
-            decoder = self._at_window().fork()
-            decoder.read(self._tokenize(as_turn(self.tokenizer, question)))
+        turn = self._tokenize(as_turn(self.tokenizer, question))
+        rule = gate or self.memory.stream.gate
+        speaking = self._speaking if self._memory_helps(turn, rule) else self._without_memory
+        with speaking():
+            decoder = self._at_window().fork() if speaking == self._speaking else self._fresh_at_window()
+            decoder.read(turn)
         written: list[int] = []
         while len(written) < settings.max_new_tokens:
             token = choose_token(
@@ -254,7 +261,7 @@ class Session:
             if token in self._eos_ids:
                 break
             written.append(token)
-            with self._speaking():
+            with speaking():
                 decoder.read([token])
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
@@ -316,12 +323,45 @@ class Session:
         with untouched(self.model), self.memory.adapter.attached(self._backbone):
             yield
 
+    @contextlib.contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        with untouched(self.model):
+            yield
+
+    def _prefix(self) -> list[int]:
+        """Sink and window."""
+        return ([self.memory.sink_id] if self.memory.config.sink == "shared" else []) + self.window_ids
+
     def _at_window(self) -> Decoder:
         """The decoder, having read the sink and the whole window."""
-        sink = [self.memory.sink_id] if self.memory.config.sink == "shared" else []
-        token_ids = sink + self.window_ids
-        self._decoder.read(token_ids[self._decoder.num_tokens :])
+        self._decoder.read(self._prefix()[self._decoder.num_tokens :])
         return self._decoder
+
+    def _fresh_at_window(self) -> Decoder:
+        """Another decoder, having read the same."""
+        decoder = Decoder(self._backbone, read_tokens=self.memory.stream.read_tokens)
+        decoder.read(self._prefix())
+        return decoder
+
+    def _memory_helps(self, question_ids: list[int], rule: Rule) -> bool:
+        """Whether the question is to be answered with the memory."""
+        if rule not in typing.get_args(Rule):
+            raise ConfigError(f"gate must be one of {', '.join(typing.get_args(Rule))}; got {rule!r}")
+        if rule == "off":
+            return True
+        prefix = self._prefix() or [self.memory.sink_id]  # the first token needs something that predicts it
+        ids_BT = torch.tensor([prefix + question_ids], device=self._backbone.device)
+        check_positions(self._backbone, ids_BT.shape[1])
+
+        @torch.no_grad()
+        def reading() -> Signals:
+            final_BTD = forward_states(self._backbone, ids_BT, first=len(prefix) - 1).final_BTD
+            return signals(self._backbone, final_BTD, ids_BT[:, len(prefix) :])
+
+        with self._speaking():
+            with_memory = reading()
+        with self._without_memory():
+            return bool(opens(with_memory, reading(), rule))
 
     # --- Progress
 

@@ -165,6 +165,13 @@ def test_every_adapter_method_changes_what_is_said_and_leaves_the_model(name, mo
     )
     assert own["windowed_nll"] != none["windowed_nll"]
     assert own["full_nll"] == none["full_nll"]
+    for rule in ("entropy", "likelihood"):
+        for place in ("", "/code"):
+            gated, opened = own[f"gated_drift_nll/{rule}{place}"], own[f"gate_open/{rule}{place}"]
+            ungated = own[f"gated_drift_nll/off{place}"]
+            assert gated == [value * is_open for value, is_open in zip(ungated, opened, strict=True)]
+            assert set(opened) <= {0.0, 1.0}
+            assert all(ungated)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

@@ -6,21 +6,24 @@ After each round the next 512 tokens are scored given the window and the memory 
 Shapes: B streams, T tokens, P of the passage, D hidden.
 """
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from absorber.backbone import Backbone
 from absorber.bench.data import Kind, Split, documents, streams
 from absorber.bench.methods import Reader, Setting
 from absorber.bench.methods.full import Full
 from absorber.bench.records import Record
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
 from absorber.bench.task import Checkpoint, Task, as_gap
+from absorber.gate import Rule, Signals, opens, signals
 from absorber.study import Guide, make_guide
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
@@ -38,8 +41,8 @@ class Streams:
     """Unrelated passages [B, P] by kind, of the other half of the documents."""
     full_BPD: dict[int, Tensor] = field(default_factory=dict)
     """Final states of full attention by round."""
-    drift_nll: dict[str, Tensor] = field(default_factory=dict)
-    """Without memory [B] by kind."""
+    without: dict[str, "Judged"] = field(default_factory=dict)
+    """What the model says of unrelated passages without memory, by kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,8 @@ class Retention(Task):
     num_rounds: int = 10
     passage_tokens: int = 512
     """P."""
+    query_tokens: int = 64
+    """How many tokens at its beginning a gate sees of a passage; half of it at most."""
 
     @property
     def checkpoints(self) -> list[int]:
@@ -86,7 +91,8 @@ class Retention(Task):
         passage_BP = texts.token_ids_BT[:, end : end + self.passage_tokens]
         if number not in texts.full_BPD:
             texts.full_BPD[number] = _full(setting, texts.token_ids_BT[:, :end], passage_BP)
-        return _score(setting, reader, texts, passage_BP, texts.full_BPD[number])
+        query = slice(min(self.query_tokens, self.passage_tokens // 2))
+        return _score(setting, reader, texts, passage_BP, texts.full_BPD[number], query)
 
     def to_records(
         self,
@@ -102,9 +108,11 @@ class Retention(Task):
         for checkpoint in measured:
             own = partial(self.record, method, method_config, facts, checkpoint)
             for name, values in checkpoint.metrics.items():
-                metric, _, kind = name.partition("/")
+                metric, *parts = name.split("/")
+                places = ("gate", "drift_kind") if metric.startswith("gate") else ("drift_kind",)
+                place = dict(zip(places, parts, strict=False))
                 if metric != "full_nll":
-                    records.append(own(metric, values, "nats", **({"drift_kind": kind} if kind else {})))
+                    records.append(own(metric, values, "ratio" if metric == "gate_open" else "nats", **place))
             for view in ("windowed", "contextless"):
                 nll_B = checkpoint.metrics[f"{view}_nll"]
                 gap = own(f"{view}_gap_closed", nll_B, "ratio")
@@ -122,18 +130,41 @@ def _full(setting: Setting, read_BT: Tensor, passage_BP: Tensor) -> Tensor:
     return torch.cat(states)
 
 
+class Judged(NamedTuple):
+    """What is said of passages [B, P], of which a gate sees the beginning."""
+
+    nll_B: Tensor
+    """Of the whole passage."""
+    rest_nll_B: Tensor
+    """Of what follows the beginning."""
+    query: Signals
+    """Of the beginning."""
+
+
+def _judge(backbone: Backbone, final_BPD: Tensor, passage_BP: Tensor, query: slice) -> Judged:
+    rest = slice(query.stop, None)
+    return Judged(
+        passage_nll(backbone, final_BPD, passage_BP),
+        passage_nll(backbone, final_BPD[:, rest], passage_BP[:, rest]),
+        signals(backbone, final_BPD[:, : query.stop + 1], passage_BP[:, query]),
+    )
+
+
 def _score(
-    setting: Setting, reader: Reader, texts: Streams, passage_BP: Tensor, full_BPD: Tensor
+    setting: Setting, reader: Reader, texts: Streams, passage_BP: Tensor, full_BPD: Tensor, query: slice
 ) -> dict[str, list[float]]:
     backbone, sink_id = setting.backbone, setting.sink_id
 
     def states(prefix_BT: Tensor, scored_BP: Tensor) -> Tensor:
         return predict_passage(backbone, prefix_BT, scored_BP, sink_id=sink_id)
 
-    nothing_BT = passage_BP[:, :0]
+    def judge_alone(scored_BP: Tensor) -> Judged:
+        return _judge(backbone, states(scored_BP[:, :0], scored_BP), scored_BP, query)
+
     for kind, unrelated_BP in texts.drift.items():
-        if kind not in texts.drift_nll:
-            texts.drift_nll[kind] = passage_nll(backbone, states(nothing_BT, unrelated_BP), unrelated_BP)
+        if kind not in texts.without:
+            texts.without[kind] = judge_alone(unrelated_BP)
+    pairs = {}
     found: dict[str, Tensor] = {"full_nll": passage_nll(backbone, full_BPD, passage_BP)}
     with reader.speaking():
         for name, prefix_BT in (("windowed", reader.windowed()), ("contextless", reader.contextless())):
@@ -141,6 +172,13 @@ def _score(
             found[f"{name}_nll"] = passage_nll(backbone, final_BPD, passage_BP)
             found[f"{name}_kl"] = passage_kl(backbone, full_BPD, final_BPD)
         for kind, unrelated_BP in texts.drift.items():
-            nll_B = passage_nll(backbone, states(nothing_BT, unrelated_BP), unrelated_BP)
-            found[f"drift_nll/{kind}"] = nll_B - texts.drift_nll[kind]
+            pairs[f"/{kind}"] = judge_alone(unrelated_BP), texts.without[kind]
+            found[f"drift_nll/{kind}"] = pairs[f"/{kind}"][0].nll_B - texts.without[kind].nll_B
+        own = judge_alone(passage_BP)
+    pairs[""] = own, judge_alone(passage_BP)
+    for rule in typing.get_args(Rule):
+        for kind, (with_memory, without) in pairs.items():
+            open_B = opens(with_memory.query, without.query, rule)
+            found[f"gate_open/{rule}{kind}"] = open_B.float()
+            found[f"gated_drift_nll/{rule}{kind}"] = (with_memory.rest_nll_B - without.rest_nll_B) * open_B
     return {name: value_B.tolist() for name, value_B in found.items()}

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
@@ -20,6 +21,7 @@ def ask(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     seed: int | None = None,
+    gate: Literal["off", "entropy", "likelihood"] | None = None,
     compare: bool = False,
     json: JsonFlag = False,
 ) -> int:
@@ -34,6 +36,8 @@ def ask(
         max_new_tokens: Longest answer.
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of sampling.
+        gate: Answer without the memory if it makes the answer's first token more uncertain (entropy), or the question
+            less likely (likelihood), or never (off); the memory's own setting if left out.
         compare: Answer without the memory as well.
         json: Write one JSON object per line to stdout.
     """
@@ -47,7 +51,7 @@ def ask(
     session = open_memory(folder, *loaded)
 
     def answer(asked: Session) -> str:
-        return asked.ask(words, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return asked.ask(words, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, gate=gate)
 
     started = time.monotonic()
     with_memory = answer(session)

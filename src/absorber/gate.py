@@ -1,0 +1,62 @@
+"""Whether a question is about what a memory holds, so that all other questions keep the base model's answers.
+
+Not in the paper. The question is read twice, with the memory and without; two rules say when the memory speaks:
+
+entropy      the first token of the answer is less uncertain with the memory
+likelihood   the question itself is likelier with the memory
+
+Shapes: B questions, T tokens, D hidden.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from absorber.backbone import Backbone
+
+Rule = Literal["off", "entropy", "likelihood"]
+
+
+class Signals(NamedTuple):
+    """What one reading of a question says."""
+
+    nll_B: Tensor
+    """Mean loss of the question's tokens, in nats."""
+    entropy_B: Tensor
+    """Entropy of the token after the question, in nats."""
+
+
+@torch.no_grad()
+def signals(backbone: Backbone, final_BTD: Tensor, question_BT: Tensor) -> Signals:
+    """Measure one reading, with or without a memory.
+
+    Args:
+        backbone: The model.
+        final_BTD: Final states from which each token of the question is predicted, and the one after it: T + 1.
+        question_BT: The question.
+
+    Returns:
+        One loss and one entropy per question, float32.
+    """
+    nll, entropy = [], []
+    for final_TD, ids_T in zip(final_BTD, question_BT.to(final_BTD.device), strict=True):
+        log_q = backbone.logits(final_TD).float().log_softmax(dim=-1)
+        nll.append(-log_q[:-1].gather(1, ids_T[:, None]).mean())
+        entropy.append(-(log_q[-1].exp() * log_q[-1]).sum())
+    return Signals(torch.stack(nll), torch.stack(entropy))
+
+
+def opens(with_memory: Signals, without: Signals, rule: Rule) -> Tensor:
+    """For which questions the memory speaks, [B], bool.
+
+    Args:
+        with_memory: A reading of the questions with the memory attached.
+        without: The same of the base model.
+        rule: off: for all.
+    """
+    if rule == "entropy":
+        return with_memory.entropy_B < without.entropy_B
+    if rule == "likelihood":
+        return with_memory.nll_B < without.nll_B
+    return torch.ones_like(without.nll_B, dtype=torch.bool)
