@@ -70,18 +70,20 @@ BAD_ABSORB = {
     "teacher": CHOICE,
     "teacher_mixture": SHARE,
     "rollback": CHOICE,
+    "held_out_tokens": FROM_ZERO,
     "seed": FROM_ZERO,
 }
 BAD_STREAM = {
     "context_tokens": COUNT,
     "sync_tokens": (*COUNT, 1),
+    "teacher_tokens": FROM_ZERO,
     "flush": CHOICE,
     "flush_temperature": WEIGHT,
-    "gate": CHOICE,
     "read_tokens": COUNT,
     "max_new_tokens": COUNT,
     "temperature": WEIGHT,
     "top_p": (0.0, 1.1, math.nan, "1", None),
+    "gate": CHOICE,
 }
 
 

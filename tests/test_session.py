@@ -228,7 +228,7 @@ def test_a_memory_keeps_what_its_weights_were_made_with(begin, model, config, st
 
 @pytest.mark.parametrize(("optimizer_state", "study"), [("reset", "off"), ("carry", "off"), ("reset", "light")])
 def test_saving_and_resuming_in_between_changes_nothing(
-    begin, model, tokenizer, config, text, tmp_path, optimizer_state, study
+    begin, model, tokenizer, config, stream, text, tmp_path, optimizer_state, study
 ):
     config = config.replace(
         optimizer_state=optimizer_state,
@@ -246,10 +246,11 @@ def test_saving_and_resuming_in_between_changes_nothing(
         anchor_texts=3,
         anchor_tokens=4,
     )
+    stream = stream.replace(teacher_tokens=9)
     assert config.anchor_share > 0
     assert config.replay_share > 0
     assert max(config.segments) > 1
-    whole, session = begin(config=config), begin(config=config)
+    whole, session = (begin(config=config, stream=stream) for _ in range(2))
     for place in range(0, len(text), 25):
         part = text[place : place + 25]
         spoken = []
@@ -261,6 +262,8 @@ def test_saving_and_resuming_in_between_changes_nothing(
         session = Session.resume(tmp_path / "session", model, tokenizer)
     assert whole.memory.num_rounds > 8
     assert session.window_ids == whole.window_ids
+    assert torch.equal(session._stream.behind_BT, whole._stream.behind_BT)
+    assert session._stream.behind_BT.shape == (1, 9)
     assert session.num_tokens == whole.num_tokens
     assert session.source_tokens("part 25") == 25
     assert len(whole._stream.reservoir.items) == 3

@@ -161,6 +161,23 @@ def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state
     assert all(map(torch.equal, stream._adapter.parameters(), adapter.parameters()))
 
 
+@pytest.mark.parametrize("teacher_tokens", [1, 4, 100])
+def test_the_teacher_reads_what_left_the_window_last(monkeypatch, backbone, teacher_tokens):
+    absorbed = Absorbed()
+    monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
+    monkeypatch.setattr(absorber.stream, "generate_subsequent", lambda *args, **kwargs: [7] * args[3])
+    config = StreamConfig(context_tokens=3, sync_tokens=5, teacher_tokens=teacher_tokens)
+    stream = Stream(backbone, Adapter.fresh(backbone, CONFIG), CONFIG, config, sink_id=0)
+    stream.append(tokens(20))
+    stream.flush(eos_ids={0}, generator=torch.Generator())
+    whole = tokens(20)[0].tolist()
+    for number, (context, _) in enumerate(absorbed.rounds):
+        first = 3 * number
+        assert context[0] == whole[max(0, first - teacher_tokens) : first + 3]
+    assert stream.num_rounds == 7
+    assert stream.behind_BT[0].tolist() == whole[max(0, 20 - teacher_tokens) :]
+
+
 def test_flush_takes_up_what_is_pending(monkeypatch, backbone):
     absorbed = Absorbed(failing={1})
     monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)

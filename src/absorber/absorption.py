@@ -21,17 +21,22 @@ import torch
 from torch import Tensor
 
 from absorber.adapter import Adapter, Snapshot
-from absorber.backbone import Backbone, check_positions, untouched
+from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.lessons import Lesson, Lessons, Past
 from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.student import gradients, synchronization_loss
 from absorber.study import learn
-from absorber.synchronization import Target
+from absorber.synchronization import Target, distribution_loss
 from absorber.teacher import teach
 
-Outcome = Literal["absorbed", "below_threshold", "rolled_back_worse", "rolled_back_nonfinite"]
+Outcome = Literal[
+    "absorbed", "below_threshold", "shrunk", "rolled_back_worse", "rolled_back_nonfinite", "rolled_back_held_out"
+]
+
+_SHARES = (1.0, 0.5, 0.25, 0.0)
+"""What may be kept of a round's change if it is judged by held-out text."""
 
 
 @dataclass(slots=True)
@@ -44,8 +49,9 @@ class RoundResult:
     num_steps: int = 0
     """Optimizer steps taken."""
     outcome: Outcome = "absorbed"
-    """absorbed: all steps taken. below_threshold: ended early because loss < eps. rolled_back_worse and
-    rolled_back_nonfinite: the memory is as it was before the round."""
+    """absorbed: all steps taken. below_threshold: ended early because loss < eps. shrunk: held-out text is said best
+    with a part of the round's change, and that was kept. rolled_back_worse, rolled_back_nonfinite and
+    rolled_back_held_out: the memory is as it was before the round."""
     seconds: float = 0.0
     """Wall time of the whole batch's round."""
 
@@ -124,7 +130,11 @@ def absorb_context(
     optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
         with untouched(backbone.model), adapter.attached(backbone):
-            own = Lesson(context_BN, subsequent_BM, num_generated, config.segments)
+            judged = config.held_out_tokens
+            if num_generated or subsequent_BM.shape[1] < judged + 2:
+                judged = 0
+            trained_BM = subsequent_BM[:, : subsequent_BM.shape[1] - judged]
+            own = Lesson(context_BN, trained_BM, num_generated, config.segments)
             lessons = Lessons(
                 own,
                 past=past,
@@ -150,6 +160,8 @@ def absorb_context(
                     written=written,
                 )
             _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
+            if judged:
+                _shrink(backbone, adapter, before, subsequent_BM, judged, results, sink_id=sink)
             _roll_back(results, adapter, before, optimizer, moments, config)
     except BaseException as error:
         adapter.restore(before)
@@ -278,6 +290,54 @@ def _note(
     return goes_on_B
 
 
+@torch.no_grad()
+def _shrink(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    subsequent_BM: Tensor,
+    num_tokens: int,
+    results: list[RoundResult],
+    *,
+    sink_id: int | None,
+) -> None:
+    """Keep of the round's change as much as says the last tokens of Y best, read after the others; stream by stream."""
+    after = adapter.snapshot()
+    input_ids_BT = with_sink(sink_id, subsequent_BM)
+    place = input_ids_BT.shape[1] - num_tokens - 1
+    losses_SB = []
+    for share in _SHARES:
+        adapter.restore([torch.lerp(old, new, share) for old, new in zip(before, after, strict=True)])
+        final_BTD = forward_states(backbone, input_ids_BT, first=place).final_BTD
+        losses_SB.append(
+            distribution_loss(
+                final_BTD,
+                Target(layers=(), finals=()),
+                input_ids_BT[:, place:],
+                backbone.logits,
+                kl_weight=0.0,
+                next_token_weight=1.0,
+            )
+        )
+    best_B = torch.stack(losses_SB).nan_to_num(nan=torch.inf).argmin(dim=0)
+    share_B = torch.tensor(_SHARES, device=best_B.device)[best_B]
+    for result, share in zip(results, share_B.tolist(), strict=True):
+        if not math.isfinite(result.losses[-1]):
+            continue
+        if share == 0:
+            result.outcome = "rolled_back_held_out"
+        elif share < 1:
+            result.outcome = "shrunk"
+    kept = share_B.view(-1, 1, 1)
+    # The ends as they are, not as an interpolation rounds them.
+    adapter.restore(
+        [
+            torch.where(kept == 1, new, torch.lerp(old, new, kept.to(old.dtype)))
+            for old, new in zip(before, after, strict=True)
+        ]
+    )
+
+
 def _roll_back(
     results: list[RoundResult],
     adapter: Adapter,
@@ -286,7 +346,7 @@ def _roll_back(
     moments: dict[str, Any] | None,
     config: AbsorbConfig,
 ) -> None:
-    """Undo the rounds that ended non-finite, or worse than they began."""
+    """Undo the rounds that ended non-finite, or worse than they began, or that held-out text refused."""
     for result in results:
         first, last = result.losses[0], result.losses[-1]
         if not math.isfinite(last):

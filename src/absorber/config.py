@@ -220,6 +220,10 @@ class AbsorbConfig(_Settings):
     rollback: Literal["worse", "nonfinite"] = "worse"
     """Which rounds are undone: those that end non-finite or with a larger loss than they began with, or the
     non-finite alone (paper)."""
+    held_out_tokens: int = 0
+    """How many tokens at the end of Y a round does not train on but is judged by: of its change of the weights all, a
+    half, a quarter or nothing is kept, whatever says them best. Y keeps two tokens at least, and text that a model
+    wrote is no evidence: with fewer tokens of the stream, no round is judged so."""
     seed: int = 0
     """Seed of the adapter's first weights and of sampling."""
 
@@ -229,7 +233,7 @@ class AbsorbConfig(_Settings):
             "max_steps", "rank", "study_rank", "study_steps", "study_passages", "study_cue", "anchor_texts"
         )
         self._check_counts("anchor_tokens", "study_tokens", "study_written_tokens", at_least=2)
-        self._check_counts("replay_rounds", "study_past", "study_rounds", at_least=0)
+        self._check_counts("replay_rounds", "study_past", "study_rounds", "held_out_tokens", at_least=0)
         for name in ("study_floor", "study_learning_rate"):
             self.check(name, 0 < getattr(self, name) < math.inf, "above zero")
         self.check("study_cue", self.study_cue < self.study_tokens, f"less than study_tokens, {self.study_tokens}")
@@ -277,6 +281,8 @@ class StreamConfig(_Settings):
     """n: tokens absorbed and dropped per round."""
     sync_tokens: int = 1024
     """m: tokens on which teacher and student are compared; they stay in the window."""
+    teacher_tokens: int = 0
+    """How many tokens before X the teacher reads as well; they were absorbed before."""
     flush: Literal["auto", "keep", "generate"] = "auto"
     """What becomes of the last tokens of a finished input, which have no subsequent text. keep: they stay in the
     window. generate: the teacher writes the subsequent text that they lack, and they are absorbed as well. auto:
@@ -299,6 +305,7 @@ class StreamConfig(_Settings):
         self._check_types()
         self._check_counts("context_tokens", "read_tokens", "max_new_tokens")
         self._check_counts("sync_tokens", at_least=2)
+        self._check_counts("teacher_tokens", at_least=0)
         self._check_not_negative("temperature", "flush_temperature")
         self.check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
 

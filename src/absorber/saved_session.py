@@ -28,6 +28,8 @@ class SavedSession:
     """Its memory; `memory` in the folder, like that of `Memory.save`."""
     window_ids: list[int]
     """Z."""
+    behind_ids: list[int]
+    """What left the window last, as far as the teacher still reads it."""
     pending_ids: list[int]
     """Given, but not yet in the window."""
     sources: dict[str, int]
@@ -60,6 +62,7 @@ def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
             {
                 "format": FORMAT,
                 "window": saved.window_ids,
+                "behind": saved.behind_ids,
                 "pending": saved.pending_ids,
                 "replay": saved.replay_ids,
                 "studied": saved.studied_ids,
@@ -102,6 +105,7 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
         return SavedSession(
             memory=memory,
             window_ids=_token_ids(content["window"], model),
+            behind_ids=_token_ids(content.get("behind", []), model),
             pending_ids=_token_ids(content["pending"], model),
             # Format 2 had passages behind each Y, which were learned in another way.
             replay_ids=[[_token_ids(part, model) for part in kept[:2]] for kept in content["replay"]],

@@ -402,6 +402,7 @@ class Session:
             SavedSession(
                 memory=self.memory,
                 window_ids=self.window_ids,
+                behind_ids=self._stream.behind_BT[0].tolist(),
                 pending_ids=self._stream.pending_BT[0].tolist(),
                 replay_ids=[[part[0].tolist() for part in past] for past in self._stream.reservoir.items],
                 studied_ids=[passages_BS[0].tolist() for passages_BS in self._stream.studied.items],
@@ -435,6 +436,7 @@ class Session:
             if len(saved.window_ids) > saved.memory.stream.window_tokens:
                 raise ValueError(f"its window has {len(saved.window_ids)} tokens")
             stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
+            stream.behind_BT = torch.tensor([saved.behind_ids], dtype=torch.long)
             stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
             stream.reservoir.items = [
                 Past(*(torch.tensor([ids], dtype=torch.long) for ids in parts)) for parts in saved.replay_ids

@@ -64,7 +64,7 @@ class Stream:
                 f"study needs a memory of rank {config.rank} + {config.study_rank}; this one has rank {adapter.rank}. "
                 'Begin a new memory, or go on with study = "off"'
             )
-        check_positions(backbone, stream.window_tokens + (config.sink == "shared"))
+        check_positions(backbone, stream.teacher_tokens + stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
         self._sink_id, self._guide = sink_id, guide
         self._on_step, self._on_round = on_step, on_round
@@ -73,6 +73,8 @@ class Stream:
         """Z: what the model reads verbatim."""
         self.pending_BT = self.window_BT
         """Given, but not yet in the window; empty unless `append` was interrupted."""
+        self.behind_BT = self.window_BT
+        """What left the window last, as far as the teacher still reads it."""
         self.num_rounds = 0
         """Rounds so far."""
         self.reservoir: Reservoir[Past] = Reservoir(config.replay_rounds, seed=config.seed)
@@ -141,6 +143,7 @@ class Stream:
         if self.anchors is None and self._config.has_anchors:
             self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
         context_BN = self.window_BT[:, :size]
+        taught_BT = torch.cat([self.behind_BT, context_BN], dim=1)
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
         passages_BS = written_BT = None
         if self._config.study != "off":
@@ -148,7 +151,7 @@ class Stream:
         results = absorb_context(
             self._backbone,
             self._adapter,
-            context_BN.to(place),
+            taught_BT.to(place),
             subsequent_BM.to(place),
             self._config,
             sink_id=self._sink_id,
@@ -164,9 +167,10 @@ class Stream:
         )
         follows_BM = self.window_BT[:, size:]
         self.window_BT = follows_BM
+        self.behind_BT = taught_BT[:, max(0, taught_BT.shape[1] - self._stream.teacher_tokens) :]
         self.num_rounds += 1
         if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
-            self.reservoir.add(Past(context_BN, follows_BM), round_number=self.num_rounds)
+            self.reservoir.add(Past(taught_BT, follows_BM), round_number=self.num_rounds)
         if passages_BS is not None:
             self.studied.add(passages_BS, round_number=self.num_rounds)
         if self._on_round is not None:

@@ -132,8 +132,9 @@ def shrunk(config):
         learning_rate=config.learning_rate * 10,
         rank=max(1, config.rank // 8),
         warmup_steps=0,
-        anchor_texts=2,
+        anchor_texts=max(1, config.anchor_texts // 16),
         anchor_tokens=8,
+        held_out_tokens=config.held_out_tokens // 64,
     )
 
 
@@ -172,6 +173,7 @@ def test_records_carry_their_place_and_the_default_is_measured_once(model, token
     gaps, views = ["windowed_gap_closed", "contextless_gap_closed"], ("windowed", "contextless")
     assert sorted(metrics) == sorted(
         [*gaps, "drift_nll", *(f"{view}_{what}" for view in views for what in ("nll", "kl"))]
+        + ["gate_open", "gated_drift_nll"] * 6  # three rules, with and without a kind of drift
     )
     assert repr(sorted(map(repr, records))) == repr(sorted(map(repr, read_records(output))))
 
@@ -196,7 +198,8 @@ def test_a_table_asked_for_later_takes_what_is_measured(model, tokenizer, data_d
     by_table = {name: [r.value for r in default if r.config["table"] == name] for name in ("window", "teacher")}
     assert by_table["window"] == by_table["teacher"]
     run_ablation(TASK, model, tokenizer, data_dir=data_dir, output=output, tables=small_tables)
-    assert len({record.key for record in read_records(output)}) == 4 * 2  # with and without a kind of drift
+    keys = {record.key for record in read_records(output)}
+    assert len(keys) == 4 * 2 * 4  # with and without a kind of drift, without a gate and with each of three
 
 
 def test_a_failed_variant_does_not_end_the_run(model, tokenizer, data_dir, tmp_path, small_tables, monkeypatch):

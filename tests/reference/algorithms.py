@@ -203,6 +203,10 @@ def absorb_context(
     `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
     """
     plan = plan or ["own"] * config.max_steps
+    whole, judged = subsequent, config.held_out_tokens
+    if num_generated or len(subsequent) < judged + 2:
+        judged = 0
+    subsequent = subsequent[: len(subsequent) - judged]
     sink = [sink_id] if config.sink == "shared" else []
     optimizer = optimizer or new_optimizer(lora, config)
     saved_weights = [leaf.detach().clone() for leaf in lora.leaves()]
@@ -250,13 +254,32 @@ def absorb_context(
     else:
         with torch.no_grad():
             trace.append(loss_at(0, "own").item())
-    undone = not math.isfinite(trace[-1]) or (config.rollback == "worse" and trace[-1] > trace[0])
+    refused = judged and not keep_what_helps(model, lora, saved_weights, whole, judged, sink)
+    undone = refused or not math.isfinite(trace[-1]) or (config.rollback == "worse" and trace[-1] > trace[0])
     if undone:
         with torch.no_grad():
             for leaf, saved in zip(lora.leaves(), saved_weights, strict=True):
                 leaf.copy_(saved)
         optimizer.load_state_dict(saved_moments)
     return trace, undone
+
+
+def keep_what_helps(model, lora, saved, subsequent, judged, sink):
+    """Try all, a half, a quarter and nothing of the change of every weight; keep the best, return its share."""
+    changed = [leaf.detach().clone() for leaf in lora.leaves()]
+    tried = []
+    with torch.no_grad():
+        for share in (1, 0.5, 0.25, 0):
+            for leaf, old, new in zip(lora.leaves(), saved, changed, strict=True):
+                leaf.copy_(old + share * (new - old))
+            _, _, logits = read(lora.run, model, [*sink, *subsequent], first=0)
+            places = range(len(sink) + len(subsequent) - judged, len(sink) + len(subsequent))
+            ids = [*sink, *subsequent]
+            tried.append((-sum(logits[at - 1].log_softmax(dim=-1)[ids[at]].item() for at in places), -share))
+        share = -min(tried)[1]
+        for leaf, old, new in zip(lora.leaves(), saved, changed, strict=True):
+            leaf.copy_(old + share * (new - old))
+    return share
 
 
 def deduce(next_token, absorb, token_ids, *, context_tokens, sync_tokens, eos_ids, max_new_tokens):

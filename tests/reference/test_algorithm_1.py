@@ -323,3 +323,42 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
         studied += [] if study_BS is None else [study_BS]
     assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
     assert ({0, 1} <= seen) == (config.replay_rounds > 0)
+
+
+@pytest.mark.parametrize("sink", ["shared", "none"])
+def test_held_out_text_decides_how_much_is_kept(double, sink):
+    """Rounds of small and of far too large steps, so that all of it, a part and nothing is kept."""
+    backbone, outcomes = inspect(double), set()
+    for rate in (1e-3, 3e-3, 1e-2, 3e-2):
+        config = settings("default").replace(
+            held_out_tokens=5, learning_rate=rate, rollback="nonfinite", next_token_weight=1.0, sink=sink
+        )
+        adapter = begun(backbone, config, num_streams=3)
+        loras = [PlainLora(adapter, b) for b in range(3)]
+        for number in range(3):
+            of_streams = rounds(9)[3 * number : 3 * number + 3]
+            context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
+            results = absorb_context(backbone, adapter, context_BN, subsequent_BM, config, sink_id=SINK)
+            for b, lora in enumerate(loras):
+                losses, undone = twin.absorb_context(
+                    double, lora, context_BN[b].tolist(), subsequent_BM[b].tolist(), config, sink_id=SINK
+                )
+                assert results[b].losses == pytest.approx(losses, rel=1e-4)
+                assert results[b].rolled_back == undone
+                for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
+                    torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
+                outcomes.add(results[b].outcome)
+    assert outcomes == {"absorbed", "shrunk", "rolled_back_held_out"}
+
+
+def test_text_that_a_model_wrote_and_a_short_text_judge_nothing(double):
+    backbone = inspect(double)
+    ((context_BN, subsequent_BM),) = rounds(1)
+    for changes, generated in (({"held_out_tokens": 11}, 0), ({"held_out_tokens": 3}, 2)):
+        adapters = []
+        for config in (settings("default").replace(**changes), settings("default")):
+            adapters.append(begun(backbone, config))
+            absorb_context(
+                backbone, adapters[-1], context_BN, subsequent_BM, config, sink_id=SINK, num_generated=generated
+            )
+        assert all(map(torch.equal, adapters[0].parameters(), adapters[1].parameters()))

@@ -173,7 +173,12 @@ TABLES: dict[str, Table] = {
     ),
     "anchors": Table(
         asks="Do texts on which the model should stay as it is help?",
-        variants={"off": {"anchor_share": 0.0}, "share .2": {"anchor_share": 0.2}},
+        variants={
+            "off": {"anchor_share": 0.0},
+            "share .2 of 16 texts": {},
+            "share .2 of 128 texts": {"anchor_texts": 128},
+            "share .4 of 128 texts": {"anchor_texts": 128, "anchor_share": 0.4},
+        },
     ),
     "segments": Table(
         asks="Should the student read the subsequent text in pieces?",
@@ -186,6 +191,30 @@ TABLES: dict[str, Table] = {
     "optimizer_state": Table(
         asks="Should AdamW's moments start afresh in each round?",
         variants={"reset": {}, "carry": {"optimizer_state": "carry"}},
+    ),
+    "optimizer": Table(
+        asks="Which optimizer, at the best of three learning rates?",
+        variants={
+            "adamw 5e-05": {},
+            "adamw 5e-05, epsilon 1e-3": {"adam_epsilon": 1e-3},
+            **{
+                f"{name} {rate:.0e}": {"optimizer": name, "learning_rate": rate}
+                for name, rates in (
+                    ("sgd", (0.03, 0.3, 3.0)),
+                    ("lion", (3e-6, 1e-5, 3e-5)),
+                    ("muon", (1e-4, 3e-4, 1e-3)),
+                )
+                for rate in rates
+            },
+        },
+    ),
+    "decay": Table(
+        asks="Should the weights decay?",
+        variants={"no": {}, **{f"{decay}": {"weight_decay": float(decay)} for decay in (1, 10, 30)}},
+    ),
+    "held_out": Table(
+        asks="Should the last tokens of Y judge how much of a round is kept?",
+        variants={"no": {}, "64 tokens": {"held_out_tokens": 64}, "256 tokens": {"held_out_tokens": 256}},
     ),
     "temp_lora": Table(
         asks="How good is next-token loss on the text itself (Temp-LoRA) at its best learning rate?",
