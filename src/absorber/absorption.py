@@ -28,7 +28,7 @@ from absorber.lessons import Lesson, Lessons, Past
 from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.student import gradients, synchronization_loss
 from absorber.study import learn
-from absorber.synchronization import Target, distribution_loss
+from absorber.synchronization import Target, next_token_loss
 from absorber.teacher import teach
 
 Outcome = Literal[
@@ -93,7 +93,7 @@ def absorb_context(
         study_BS: Passages of X to be learned by heart before, from `study.choose_passages`; the adapter's part for them
             has begun (`study.begin`).
         written_BT: Texts that the base wrote about X, of `study_written_tokens` tokens each; for study.
-        studied: Those of earlier rounds, to be studied again.
+        studied: Passages of earlier rounds, to be studied again.
         past: Earlier rounds, to train on again.
         anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
         round_number: Decides together with the seed which step trains on what.
@@ -309,16 +309,7 @@ def _shrink(
     for share in _SHARES:
         adapter.restore([torch.lerp(old, new, share) for old, new in zip(before, after, strict=True)])
         final_BTD = forward_states(backbone, input_ids_BT, first=place).final_BTD
-        losses_SB.append(
-            distribution_loss(
-                final_BTD,
-                Target(layers=(), finals=()),
-                input_ids_BT[:, place:],
-                backbone.logits,
-                kl_weight=0.0,
-                next_token_weight=1.0,
-            )
-        )
+        losses_SB.append(next_token_loss(final_BTD, input_ids_BT[:, place:], backbone.logits))
     best_B = torch.stack(losses_SB).nan_to_num(nan=torch.inf).argmin(dim=0)
     share_B = torch.tensor(_SHARES, device=best_B.device)[best_B]
     for result, share in zip(results, share_B.tolist(), strict=True):

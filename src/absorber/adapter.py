@@ -120,16 +120,15 @@ class Adapter:
         """All weights, in a fixed order; axis 0 is the stream."""
         return [weight for name in self.down for weight in (self.down[name], self.up[name])]
 
-    def keep_gradients(self, ranks: slice, *, of_down: bool = True) -> None:
-        """Take away the gradients of all ranks but these, and of A altogether unless `of_down`."""
+    def drop_gradients(self, ranks: slice, *, of_all_down: bool = False) -> None:
+        """Take away the gradients of these ranks, and those of A altogether if `of_all_down`."""
         for down_BRI, up_BOR in zip(self.down.values(), self.up.values(), strict=True):
-            if down_BRI.grad is None or up_BOR.grad is None:
-                continue
-            others = torch.ones(down_BRI.shape[1], dtype=torch.bool, device=down_BRI.device)
-            others[ranks] = False
-            down_BRI.grad[:, others], up_BOR.grad[:, :, others] = 0, 0
-            if not of_down:
+            if up_BOR.grad is not None:
+                up_BOR.grad[:, :, ranks] = 0
+            if of_all_down:
                 down_BRI.grad = None
+            elif down_BRI.grad is not None:
+                down_BRI.grad[:, ranks] = 0
 
     # --- Attaching
 

@@ -299,7 +299,7 @@ class StreamConfig(_Settings):
     """Nucleus sampling: smallest set of tokens with this much probability."""
     gate: Literal["off", "entropy", "likelihood"] = "off"
     """When a question is answered without the memory: never; if the memory makes the first token of the answer more
-    uncertain; if it makes the question less likely. The question is then read twice, with the window."""
+    uncertain; if it makes the question less likely. Window and question are then read twice more, to find out."""
 
     def __post_init__(self) -> None:
         self._check_types()

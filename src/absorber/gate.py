@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone
+from absorber.synchronization import next_token_loss
 
 Rule = Literal["off", "entropy", "likelihood"]
 
@@ -39,12 +40,10 @@ def signals(backbone: Backbone, final_BTD: Tensor, question_BT: Tensor) -> Signa
     Returns:
         One loss and one entropy per question, float32.
     """
-    nll, entropy = [], []
-    for final_TD, ids_T in zip(final_BTD, question_BT.to(final_BTD.device), strict=True):
-        log_q = backbone.logits(final_TD).float().log_softmax(dim=-1)
-        nll.append(-log_q[:-1].gather(1, ids_T[:, None]).mean())
-        entropy.append(-(log_q[-1].exp() * log_q[-1]).sum())
-    return Signals(torch.stack(nll), torch.stack(entropy))
+    question_BT = question_BT.to(final_BTD.device)
+    shifted_BT = torch.cat([question_BT[:, :1], question_BT], dim=1)  # state t predicts token t, not t + 1
+    log_q_BV = backbone.logits(final_BTD[:, -1]).float().log_softmax(dim=-1)
+    return Signals(next_token_loss(final_BTD, shifted_BT, backbone.logits), -(log_q_BV.exp() * log_q_BV).sum(dim=-1))
 
 
 def opens(with_memory: Signals, without: Signals, rule: Rule) -> Tensor:

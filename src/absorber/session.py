@@ -249,9 +249,9 @@ class Session:
             generator.manual_seed(seed)
         turn = self._tokenize(as_turn(self.tokenizer, question))
         rule = gate or self.memory.stream.gate
-        speaking = self._speaking if self._memory_helps(turn, rule) else self._without_memory
-        with speaking():
-            decoder = self._at_window().fork() if speaking == self._speaking else self._fresh_at_window()
+        with_memory = self._memory_helps(turn, rule)
+        with self._speaking(with_memory=with_memory):
+            decoder = self._at_window().fork() if with_memory else self._fresh_at_window()
             decoder.read(turn)
         written: list[int] = []
         while len(written) < settings.max_new_tokens:
@@ -261,7 +261,7 @@ class Session:
             if token in self._eos_ids:
                 break
             written.append(token)
-            with speaking():
+            with self._speaking(with_memory=with_memory):
                 decoder.read([token])
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
@@ -318,14 +318,10 @@ class Session:
         return self.memory.stream.replace(**{key: value for key, value in given.items() if value is not None})
 
     @contextlib.contextmanager
-    def _speaking(self) -> Iterator[None]:
-        """The model with its memory; left before control goes back to the caller."""
-        with untouched(self.model), self.memory.adapter.attached(self._backbone):
-            yield
-
-    @contextlib.contextmanager
-    def _without_memory(self) -> Iterator[None]:
-        with untouched(self.model):
+    def _speaking(self, *, with_memory: bool = True) -> Iterator[None]:
+        """The model with its memory, or without; left before control goes back to the caller."""
+        memory = self.memory.adapter.attached(self._backbone) if with_memory else contextlib.nullcontext()
+        with untouched(self.model), memory:
             yield
 
     def _prefix(self) -> list[int]:
@@ -354,14 +350,12 @@ class Session:
         check_positions(self._backbone, ids_BT.shape[1])
 
         @torch.no_grad()
-        def reading() -> Signals:
-            final_BTD = forward_states(self._backbone, ids_BT, first=len(prefix) - 1).final_BTD
-            return signals(self._backbone, final_BTD, ids_BT[:, len(prefix) :])
+        def reading(*, with_memory: bool) -> Signals:
+            with self._speaking(with_memory=with_memory):
+                final_BTD = forward_states(self._backbone, ids_BT, first=len(prefix) - 1).final_BTD
+                return signals(self._backbone, final_BTD, ids_BT[:, len(prefix) :])
 
-        with self._speaking():
-            with_memory = reading()
-        with self._without_memory():
-            return bool(opens(with_memory, reading(), rule))
+        return bool(opens(reading(with_memory=True), reading(with_memory=False), rule))
 
     # --- Progress
 

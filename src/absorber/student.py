@@ -118,7 +118,7 @@ def gradients(
         loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
         loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
     if config.study != "off":
-        adapter.keep_gradients(slice(config.rank))
+        adapter.drop_gradients(slice(config.rank, None))
     return loss_B.detach()
 
 

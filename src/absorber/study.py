@@ -24,7 +24,7 @@ from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Lesson
 from absorber.optimizer import scheduled, take_step
 from absorber.student import gradients
-from absorber.synchronization import Target, distribution_loss
+from absorber.synchronization import next_token_loss
 
 # --- What is studied
 
@@ -207,15 +207,8 @@ def study_loss(
     known_BS = passages_BS.clamp_min(0)
     input_ids_BT = with_sink(sink_id, known_BS if together else known_BS.reshape(-1, config.study_tokens))
     final_BSD = forward_states(backbone, input_ids_BT, first=int(sink_id is not None)).rejoined(num_streams).final_BTD
-    return distribution_loss(
-        final_BSD,
-        Target(layers=(), finals=()),
-        known_BS,
-        backbone.logits,
-        kl_weight=0.0,
-        next_token_weight=1.0,
-        scored_BT=torch.roll(wanted_BS, -1, dims=1),  # place t predicts t + 1
-    )
+    scored_BS = torch.roll(wanted_BS, -1, dims=1)  # place t predicts t + 1
+    return next_token_loss(final_BSD, known_BS, backbone.logits, scored_BT=scored_BS)
 
 
 def passages_of_steps(
@@ -291,6 +284,6 @@ def learn(
             key = ("study", turn, config)
             if graphs is None or graphs.run(key, compute_without_masks, [passages_BS], everyone_B, weights) is None:
                 compute(passages_BS).sum().backward()  # type: ignore[no-untyped-call]
-        adapter.keep_gradients(slice(config.rank, None), of_down=False)
+        adapter.drop_gradients(slice(config.rank), of_all_down=True)
         rate = scheduled(config.study_learning_rate, step, config.study_steps, config)
         take_step(optimizer, adapter, everyone_B, rate, config)

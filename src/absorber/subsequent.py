@@ -3,8 +3,7 @@
 The next text of the stream is the paper's first choice for Y and needs no code: it stands in the window.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -18,7 +17,6 @@ from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
 
 _TEMPERATURE = 0.7
-_NAN = "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
 
 
 def generate_subsequent(
@@ -84,23 +82,15 @@ def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int
         DivergedError: If the model gives logits that are nan.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    banned = sorted({sink_id} | eos_tokens(backbone.model))
-    cache = DynamicCache(config=backbone.model.config)
-    num_tokens = min(config.anchor_tokens, (backbone.max_positions or math.inf) - 1)  # the sink takes one
-    texts_QT = torch.full((config.anchor_texts, 1), sink_id)
-    given_QT = texts_QT
-    with untouched(backbone.model):
-        while texts_QT.shape[1] <= num_tokens:
-            output = backbone.decoder(input_ids=given_QT.to(backbone.device), past_key_values=cache, use_cache=True)
-            logits_QV = backbone.logits(output.last_hidden_state[:, -1]).float().cpu()
-            if logits_QV.isnan().any():
-                raise DivergedError(_NAN)
-            logits_QV[:, banned] = -torch.inf
-            next_Q1 = torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
-            texts_QT = torch.cat([texts_QT, next_Q1], dim=1)
-            # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
-            given_QT = texts_QT if getattr(output, "past_key_values", None) is None else next_Q1
-    return texts_QT[:, 1:]
+    num_tokens = config.anchor_tokens
+    if backbone.max_positions is not None:
+        num_tokens = min(num_tokens, backbone.max_positions - 1)  # the sink takes one
+    sink_QT = torch.full((config.anchor_texts, 1), sink_id)
+
+    def draw(logits_QV: Tensor, place: int) -> Tensor:
+        return torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
+
+    return _write(backbone, sink_QT, num_tokens, draw, sink_id=sink_id)
 
 
 @torch.no_grad()
@@ -133,30 +123,53 @@ def write_about(
         DivergedError: If the model gives logits that are nan.
     """
     num_streams, generator = context_BN.shape[0], torch.Generator().manual_seed(seed)
-    banned = sorted({sink_id} | eos_tokens(backbone.model))
+
+    def draw(logits_RV: Tensor, place: int) -> Tensor:
+        logits_BPV = logits_RV.view(num_streams, len(prompts), -1)
+        noise_PV = -torch.empty(logits_BPV.shape[1:]).exponential_(generator=generator).log()
+        next_BP = (logits_BPV / _TEMPERATURE + noise_PV).argmax(dim=-1)  # Gumbel: a draw from the softmax
+        for index, prompt in enumerate(prompts):
+            if place < len(prompt):
+                next_BP[:, index] = prompt[place]
+        return next_BP.reshape(-1, 1)
+
     prefix_BT = with_sink(sink_id, context_BN)
-    texts_RT: Tensor = prefix_BT.cpu().repeat_interleave(len(prompts), dim=0)
+    return _write(backbone, prefix_BT, num_tokens, draw, sink_id=sink_id, copies=len(prompts)).reshape(num_streams, -1)
+
+
+def _write(
+    backbone: Backbone,
+    prefix_BT: Tensor,
+    num_tokens: int,
+    draw: Callable[[Tensor, int], Tensor],
+    *,
+    sink_id: int,
+    copies: int = 1,
+) -> Tensor:
+    """Go on from each prefix so many times: token ids [B * copies, T], on the CPU, without sink and ends of sequences.
+
+    `draw` takes logits [B * copies, V] and the place of the token, and returns token ids [B * copies, 1].
+    """
+    banned = sorted({sink_id} | eos_tokens(backbone.model))
     cache = DynamicCache(config=backbone.model.config)
+    texts_RT = given_RT = prefix_BT.cpu()
     with untouched(backbone.model):
-        output = backbone.decoder(input_ids=prefix_BT, past_key_values=cache, use_cache=True)
-        has_cache = getattr(output, "past_key_values", None) is not None
-        if has_cache:
-            cache.batch_repeat_interleave(len(prompts))
-        last_RD = output.last_hidden_state[:, -1].repeat_interleave(len(prompts), dim=0)
         for place in range(num_tokens):
-            logits_BPV = backbone.logits(last_RD).float().cpu()
-            logits_BPV = logits_BPV.view(num_streams, len(prompts), -1)
-            if logits_BPV.isnan().any():
-                raise DivergedError(_NAN)
-            logits_BPV[..., banned] = -torch.inf
-            noise_PV = -torch.empty(logits_BPV.shape[1:]).exponential_(generator=generator).log()
-            next_BP = (logits_BPV / _TEMPERATURE + noise_PV).argmax(dim=-1)  # Gumbel: a draw from the softmax
-            for index, prompt in enumerate(prompts):
-                if place < len(prompt):
-                    next_BP[:, index] = prompt[place]
-            next_R1 = next_BP.reshape(-1, 1)
-            texts_RT = torch.cat([texts_RT, next_R1], dim=1)
-            given_RT = next_R1 if has_cache else texts_RT
             output = backbone.decoder(input_ids=given_RT.to(backbone.device), past_key_values=cache, use_cache=True)
+            has_cache = getattr(output, "past_key_values", None) is not None
             last_RD = output.last_hidden_state[:, -1]
-    return texts_RT[:, prefix_BT.shape[1] :].reshape(num_streams, -1)
+            if place == 0 and copies > 1:  # one reading of a prefix serves all of its copies
+                last_RD, texts_RT = (rows.repeat_interleave(copies, dim=0) for rows in (last_RD, texts_RT))
+                if has_cache:
+                    cache.batch_repeat_interleave(copies)
+            logits_RV = backbone.logits(last_RD).float().cpu()
+            if logits_RV.isnan().any():
+                raise DivergedError(
+                    "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
+                )
+            logits_RV[:, banned] = -torch.inf
+            next_R1 = draw(logits_RV, place)
+            texts_RT = torch.cat([texts_RT, next_R1], dim=1)
+            # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
+            given_RT = next_R1 if has_cache else texts_RT
+    return texts_RT[:, prefix_BT.shape[1] :]

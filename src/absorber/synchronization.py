@@ -118,6 +118,16 @@ def distribution_loss(
     return _DistributionLoss.apply(student_BTD, work)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def next_token_loss(
+    final_BTD: Tensor, token_ids_BT: Tensor, logits: Logits, *, scored_BT: Tensor | None = None
+) -> Tensor:
+    """The next-token part of `distribution_loss` alone, [B], float32, in nats."""
+    nothing = Target(layers=(), finals=())
+    return distribution_loss(
+        final_BTD, nothing, token_ids_BT, logits, kl_weight=0.0, next_token_weight=1.0, scored_BT=scored_BT
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What `distribution_loss` needs beside the student."""

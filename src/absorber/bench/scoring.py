@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone, forward_states, untouched, with_sink
-from absorber.synchronization import Target, distribution_loss
+from absorber.synchronization import Target, distribution_loss, next_token_loss
 
 
 @torch.no_grad()
@@ -46,8 +46,7 @@ def passage_nll(backbone: Backbone, final_BPD: Tensor, passage_BP: Tensor) -> Te
     # The next-token loss scores token t + 1 from state t; here state t predicts token t.
     shifted_BT = torch.cat([passage_BP[:, :1], passage_BP], dim=1)
     padded_BTD = torch.cat([final_BPD, final_BPD[:, -1:]], dim=1)
-    target = Target(layers=(), finals=())
-    return distribution_loss(padded_BTD, target, shifted_BT, backbone.logits, kl_weight=0, next_token_weight=1)
+    return next_token_loss(padded_BTD, shifted_BT, backbone.logits)
 
 
 @torch.no_grad()
