@@ -286,6 +286,18 @@ def forward_states(
     )
 
 
+def read_on(backbone: Backbone, input_ids_BT: Tensor, cache: Any) -> tuple[Tensor, bool]:
+    """Run the decoder over tokens that follow those in a cache, which takes them in.
+
+    Returns:
+        Final hidden states [B, T, D], and whether the model keeps such a cache at all.
+    """
+    # What transformers called past_key_values is cache from 5.24 on.
+    name = "cache" if "cache" in signature(backbone.decoder.forward).parameters else "past_key_values"
+    output = backbone.decoder(input_ids=input_ids_BT, use_cache=True, **{name: cache})
+    return output.last_hidden_state, getattr(output, name, None) is not None
+
+
 def with_sink(sink_id: int | None, *parts: Tensor) -> Tensor:
     """Join token ids [B, ...] along time, after one sink token if there is one."""
     if sink_id is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from absorber.backbone import Backbone
+from absorber.backbone import Backbone, read_on
 from absorber.errors import ContextError, ModelError
 
 
@@ -61,12 +61,12 @@ class Decoder:
             piece = list(token_ids[start : start + self._read_tokens])
             input_ids_BT = torch.tensor([piece], device=self._backbone.device)
             try:
-                output = self._backbone.decoder(input_ids=input_ids_BT, past_key_values=self._cache, use_cache=True)
-                if getattr(output, "past_key_values", None) is None:
+                final_BTD, has_cache = read_on(self._backbone, input_ids_BT, self._cache)
+                if not has_cache:
                     raise ModelError(
                         f"{type(self._backbone.model).__name__} keeps no key-value cache, so it cannot generate"
                     )
-                self._logits_V = self._backbone.logits(output.last_hidden_state[:, -1:])[0, 0].float()
+                self._logits_V = self._backbone.logits(final_BTD[:, -1:])[0, 0].float()
                 self.num_tokens += len(piece)
             except BaseException:
                 self.reset()  # some layers have the piece in the cache and others do not

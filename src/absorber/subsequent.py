@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, eos_tokens, untouched, with_sink
+from absorber.backbone import Backbone, eos_tokens, read_on, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
@@ -133,36 +133,30 @@ def write_about(
                 next_BP[:, index] = prompt[place]
         return next_BP.reshape(-1, 1)
 
-    prefix_BT = with_sink(sink_id, context_BN)
-    return _write(backbone, prefix_BT, num_tokens, draw, sink_id=sink_id, copies=len(prompts)).reshape(num_streams, -1)
+    # Not the cache of one reading: those of recurrent models cannot be repeated.
+    prefix_RT = with_sink(sink_id, context_BN).repeat_interleave(len(prompts), dim=0)
+    return _write(backbone, prefix_RT, num_tokens, draw, sink_id=sink_id).reshape(num_streams, -1)
 
 
 def _write(
     backbone: Backbone,
-    prefix_BT: Tensor,
+    prefix_RT: Tensor,
     num_tokens: int,
     draw: Callable[[Tensor, int], Tensor],
     *,
     sink_id: int,
-    copies: int = 1,
 ) -> Tensor:
-    """Go on from each prefix so many times: token ids [B * copies, T], on the CPU, without sink and ends of sequences.
+    """Go on from each prefix [R, ...]: token ids [R, T], on the CPU, without sink and ends of sequences.
 
-    `draw` takes logits [B * copies, V] and the place of the token, and returns token ids [B * copies, 1].
+    `draw` takes logits [R, V] and the place of the token, and returns token ids [R, 1].
     """
     banned = sorted({sink_id} | eos_tokens(backbone.model))
     cache = DynamicCache(config=backbone.model.config)
-    texts_RT = given_RT = prefix_BT.cpu()
+    texts_RT = given_RT = prefix_RT.cpu()
     with untouched(backbone.model):
         for place in range(num_tokens):
-            output = backbone.decoder(input_ids=given_RT.to(backbone.device), past_key_values=cache, use_cache=True)
-            has_cache = getattr(output, "past_key_values", None) is not None
-            last_RD = output.last_hidden_state[:, -1]
-            if place == 0 and copies > 1:  # one reading of a prefix serves all of its copies
-                last_RD, texts_RT = (rows.repeat_interleave(copies, dim=0) for rows in (last_RD, texts_RT))
-                if has_cache:
-                    cache.batch_repeat_interleave(copies)
-            logits_RV = backbone.logits(last_RD).float().cpu()
+            final_RTD, has_cache = read_on(backbone, given_RT.to(backbone.device), cache)
+            logits_RV = backbone.logits(final_RTD[:, -1]).float().cpu()
             if logits_RV.isnan().any():
                 raise DivergedError(
                     "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
@@ -172,4 +166,4 @@ def _write(
             texts_RT = torch.cat([texts_RT, next_R1], dim=1)
             # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
             given_RT = next_R1 if has_cache else texts_RT
-    return texts_RT[:, prefix_BT.shape[1] :]
+    return texts_RT[:, prefix_RT.shape[1] :]
