@@ -177,7 +177,7 @@ TABLES: dict[str, Table] = {
     ),
     "replay": Table(
         asks="Does training on earlier rounds again help, and how many must be kept?",
-        variants={"off": {"replay_rounds": 0}, **{f"{count} rounds": {"replay_rounds": count} for count in (8, 64)}},
+        variants={"off": {"replay_rounds": 0}, **{f"{count} rounds": {"replay_rounds": count} for count in (3, 64)}},
     ),
     "anchors": Table(
         asks="Do texts on which the model should stay as it is help?",
