@@ -292,10 +292,14 @@ def read_on(backbone: Backbone, input_ids_BT: Tensor, cache: Any) -> tuple[Tenso
     Returns:
         Final hidden states [B, T, D], and whether the model keeps such a cache at all.
     """
-    # What transformers called past_key_values is cache from 5.24 on.
-    name = "cache" if "cache" in signature(backbone.decoder.forward).parameters else "past_key_values"
+    name = cache_argument(backbone)
     output = backbone.decoder(input_ids=input_ids_BT, use_cache=True, **{name: cache})
     return output.last_hidden_state, getattr(output, name, None) is not None
+
+
+def cache_argument(backbone: Backbone) -> str:
+    """What transformers called past_key_values is cache from 5.24 on."""
+    return "cache" if "cache" in signature(backbone.decoder.forward).parameters else "past_key_values"
 
 
 def with_sink(sink_id: int | None, *parts: Tensor) -> Tensor:
