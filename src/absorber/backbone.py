@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -211,6 +212,30 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def checkpointed(backbone: Backbone, *, active: bool = True) -> Iterator[None]:
+    """Let a pass inside the `with` block keep no more of a block than its input (arXiv 1604.06174).
+
+    The backward pass, which may come later, runs the block again; what is attached to its projections must be attached
+    then as well.
+
+    Args:
+        backbone: The model; nothing of this is left on it.
+        active: If not, nothing is done.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    blocks: list[Any] = list(backbone.blocks) if active else []
+    try:
+        for block in blocks:
+            # No dropout is at work, and a graph being recorded cannot look at the state of the random numbers.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
 
 
 @dataclass(frozen=True, slots=True)
