@@ -42,7 +42,8 @@ class Cell:
     @property
     def label(self) -> str:
         """What a person calls it."""
-        return f"{self.method}, {self.config['batch']} x {self.length} tokens"
+        more = f", checkpointing {self.config['checkpointing']}" if "checkpointing" in self.config else ""
+        return f"{self.method}, {self.config['batch']} x {self.length} tokens{more}"
 
 
 def milliseconds(
@@ -104,6 +105,8 @@ class Sheet:
     """Given a cell's records as they are written."""
     records: list[Record] = field(default_factory=list)
     """Those of all cells asked for, old and new."""
+    failures: list[str] = field(default_factory=list)
+    """Cells that ended with an error; they have no records."""
 
     def fill(self, cells: Iterable[Cell], *, seconds: float | None = None) -> None:
         """Measure cells in their order. What does not fit the device's memory is recorded as such.
@@ -141,6 +144,10 @@ class Sheet:
             figures = cell.run()
         except (torch.OutOfMemoryError, DeviceMemoryError):
             figures = [Figure("out_of_memory", (1.0,), "")]
+        except RuntimeError as error:  # one thing that cannot be measured does not end a run on a device that is lent
+            self.say(f"{cell.label} failed: {error}")
+            self.failures.append(cell.label)
+            return
         seconds = time.perf_counter() - started
         if on_gpu and figures[0].metric != "out_of_memory":
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -193,18 +200,19 @@ def speed_rows(records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple[s
     units = {record.metric: record.unit for record in records}
     cells: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
-        key = (record.model, record.method, str(record.config["batch"]), str(record.context_length))
+        key: tuple[str, ...] = (record.model, record.method, str(record.config["batch"]), str(record.context_length))
+        key = (*key, str(record.config.get("checkpointing", "")))
         cells.setdefault(key, {})[record.metric] = record
-    rows = []
-    for key, found in cells.items():
+    rows: list[tuple[str, ...]] = []
+    for names, found in cells.items():
         if "out_of_memory" in found:
-            rows.append((*key, *("out of memory" for _ in metrics)))
+            rows.append((*names, *("out of memory" for _ in metrics)))
         else:
-            rows.append((*key, *(_number(found[metric]) if metric in found else "" for metric in metrics)))
-    names = [
+            rows.append((*names, *(_number(found[metric]) if metric in found else "" for metric in metrics)))
+    heads = [
         f"{metric.removesuffix('_bytes')}, {'GB' if units[metric] == 'bytes' else units[metric]}" for metric in metrics
     ]
-    return ("model", "method", "streams", "tokens", *names), rows
+    return ("model", "method", "streams", "tokens", "checkpointing", *heads), rows
 
 
 def _number(record: Record) -> str:
