@@ -27,6 +27,11 @@ _KEYS = 64
 """Keys that one program of `attend_one` reads."""
 
 
+def usable_on(kind: str) -> bool:
+    """Whether the kernels can run on this kind of device."""
+    return triton is not None and kind == "cuda"
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can run on these tensors."""
     return triton is not None and all(tensor.is_cuda for tensor in tensors)

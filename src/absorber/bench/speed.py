@@ -83,6 +83,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -
     return 2 * size**3 / best * 1000
 
 
+def copy_rate(device: torch.device, *, repeats: int = 5) -> float:
+    """Bytes a second that are read and written in a large copy, the best of some."""
+    given = torch.zeros(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    taken = torch.empty_like(given)
+    return 2 * given.numel() / min(milliseconds(device, lambda: taken.copy_(given), repeats=repeats)) * 1000
+
+
 @dataclass(slots=True, kw_only=True)
 class Sheet:
     """A file of records that is filled cell by cell; what stands in it is not measured again."""
