@@ -255,10 +255,10 @@ def test_other_devices_have_the_twin(backbone, monkeypatch):
 STREAM = StreamConfig(context_tokens=8, sync_tokens=12, max_new_tokens=40, read_tokens=16)
 
 
-@pytest.mark.parametrize("ahead", [1, 16])
-def test_a_session_writes_as_with_the_twin(model, tokenizer, config, text, monkeypatch, ahead):
+@pytest.mark.parametrize(("ahead", "merged"), [(1, False), (16, False), (16, True)])
+def test_a_session_writes_as_with_the_twin(model, tokenizer, config, text, monkeypatch, ahead, merged):
     def run(temperature):
-        with Session(model, tokenizer, config, STREAM) as session:
+        with Session(model, tokenizer, config, STREAM, merged=merged) as session:
             if hasattr(session._decoder, "allocated_bytes"):
                 session._decoder.ahead = ahead
             session.append(text)

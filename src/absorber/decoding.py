@@ -49,7 +49,7 @@ def usable(backbone: Backbone) -> bool:
 
 
 def new_decoder(
-    backbone: Backbone, *, read_tokens: int, capacity: int, adapter: Adapter | None = None
+    backbone: Backbone, *, read_tokens: int, capacity: int, adapter: Adapter | None = None, way: Way = "beside"
 ) -> "Decoder | StaticDecoder":
     """Make the quickest decoder that the model allows, for one stream.
 
@@ -58,9 +58,10 @@ def new_decoder(
         read_tokens: Largest piece given to the model at once.
         capacity: How many tokens it will have to hold; more cost a new cache.
         adapter: The memory that reads and speaks.
+        way: How it is applied, where the model allows to choose.
     """
     if usable(backbone):
-        return StaticDecoder(backbone, read_tokens=read_tokens, capacity=capacity, adapter=adapter)
+        return StaticDecoder(backbone, read_tokens=read_tokens, capacity=capacity, adapter=adapter, way=way)
     return Decoder(backbone, read_tokens=read_tokens, adapter=adapter)
 
 

@@ -167,23 +167,30 @@ if triton is not None:
     def _rotate_one(
         query, key, cos, sin, query_out, key_out, heads, key_heads, HALF: tl.constexpr, BLOCK: tl.constexpr
     ) -> Any:
-        """One program per row and head, of queries first."""
+        """One program per row and head, of queries first; what is not of its kind is masked."""
         row = tl.program_id(0)
         head = tl.program_id(1)
-        if head < heads:
-            given, taken = query + (row * heads + head) * 2 * HALF, query_out + (row * heads + head) * 2 * HALF
-        else:
-            own = row * key_heads + head - heads
-            given, taken = key + own * 2 * HALF, key_out + own * 2 * HALF
         low = tl.arange(0, BLOCK)
         high = low + HALF
         there = low < HALF
-        x = tl.load(given + low, mask=there).to(tl.float32)
-        y = tl.load(given + high, mask=there).to(tl.float32)
-        left = x * tl.load(cos + low, mask=there).to(tl.float32) - y * tl.load(sin + low, mask=there).to(tl.float32)
-        right = y * tl.load(cos + high, mask=there).to(tl.float32) + x * tl.load(sin + high, mask=there).to(tl.float32)
-        tl.store(taken + low, left.to(query_out.dtype.element_ty), mask=there)
-        tl.store(taken + high, right.to(query_out.dtype.element_ty), mask=there)
+        of_query = there & (head + 0 * low < heads)
+        of_key = there & (head + 0 * low >= heads)
+        query_at = (row * heads + head) * 2 * HALF
+        key_at = (row * key_heads + head - heads) * 2 * HALF
+        x = tl.load(query + query_at + low, mask=of_query, other=0.0).to(tl.float32)
+        y = tl.load(query + query_at + high, mask=of_query, other=0.0).to(tl.float32)
+        x += tl.load(key + key_at + low, mask=of_key, other=0.0).to(tl.float32)
+        y += tl.load(key + key_at + high, mask=of_key, other=0.0).to(tl.float32)
+        cos_low = tl.load(cos + low, mask=there, other=0.0).to(tl.float32)
+        cos_high = tl.load(cos + high, mask=there, other=0.0).to(tl.float32)
+        sin_low = tl.load(sin + low, mask=there, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin + high, mask=there, other=0.0).to(tl.float32)
+        left = (x * cos_low - y * sin_low).to(query_out.dtype.element_ty)
+        right = (y * cos_high + x * sin_high).to(query_out.dtype.element_ty)
+        tl.store(query_out + query_at + low, left, mask=of_query)
+        tl.store(query_out + query_at + high, right, mask=of_query)
+        tl.store(key_out + key_at + low, left, mask=of_key)
+        tl.store(key_out + key_at + high, right, mask=of_key)
 
     @triton.jit
     def _attend_piece(

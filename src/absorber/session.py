@@ -68,6 +68,7 @@ class Session:
         *,
         memory: Memory | None = None,
         progress: OnProgress | None = None,
+        merged: bool = False,
     ) -> None:
         """Begin with an empty window.
 
@@ -78,6 +79,8 @@ class Session:
             stream: Window sizes and generation; that of the memory, if one is given, or the default.
             memory: A memory to go on from; it is changed in place.
             progress: Called before each step and after each round.
+            merged: Speak with weights that hold base and memory, where the model allows it (docs/performance.md):
+                tokens come sooner, and the projections are in memory twice.
 
         Raises:
             ModelError: If the model cannot be used.
@@ -111,6 +114,7 @@ class Session:
             read_tokens=stream.read_tokens,
             capacity=1 + stream.window_tokens + stream.max_new_tokens,
             adapter=memory.adapter,
+            way="merged" if merged else "beside",
         )
         self._stream = Stream(
             self._backbone,
@@ -427,8 +431,9 @@ class Session:
         tokenizer: Any,
         *,
         progress: OnProgress | None = None,
+        merged: bool = False,
     ) -> "Session":
-        """Go on from a folder that `save` wrote.
+        """Go on from a folder that `save` wrote; progress and merged are as in a new session.
 
         Raises:
             SessionNotFoundError: If there is no session.
@@ -436,7 +441,7 @@ class Session:
             MemoryMismatchError: If it is of another model.
         """
         saved = saved_session.read(folder, model)
-        session = cls(model, tokenizer, memory=saved.memory, progress=progress)
+        session = cls(model, tokenizer, memory=saved.memory, progress=progress, merged=merged)
         stream = session._stream
         try:
             if len(saved.window_ids) > saved.memory.stream.window_tokens:

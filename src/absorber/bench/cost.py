@@ -8,6 +8,7 @@
 All take K steps to absorb n tokens of a stream. Weights and tokens are random. On a CPU only ratios count.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 
 from absorber.backbone import Backbone, checkpointed, num_features
 from absorber.bench.latency import Desk, Latency
-from absorber.bench.speed import Cell, Figure, matmul_rate, milliseconds
+from absorber.bench.speed import Cell, Figure, make_room, matmul_rate, milliseconds
 from absorber.config import AbsorbConfig
 from absorber.errors import DeviceMemoryError
 
@@ -129,10 +130,13 @@ class _Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that transformers has changed
             model = get_peft_model(self._backbone.model, settings)
+        taken: tuple[float, ...] = ()
         try:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 taken = self._train(model, checkpointing=False)
-            except torch.OutOfMemoryError:
+            if not taken:
+                model.zero_grad(set_to_none=True)
+                make_room(self._backbone.device)
                 taken = self._train(model, checkpointing=True)
         finally:
             model.unload()

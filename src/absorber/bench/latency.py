@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, read_on, untouched
-from absorber.bench.speed import Cell, Figure, milliseconds
+from absorber.bench.speed import Cell, Figure, make_room, milliseconds
 from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
@@ -78,6 +78,8 @@ class Latency:
     """m: tokens of the window that stay."""
     absorb: AbsorbConfig = field(default_factory=AbsorbConfig)
     """How a round is absorbed."""
+    eager: bool = False
+    """Record no step of absorbing as a CUDA graph."""
     repeats: int = 3
     """How often each thing is timed."""
     seed: int = 0
@@ -104,6 +106,7 @@ class Latency:
             "sync_tokens": self.sync_tokens,
             "max_steps": self.absorb.max_steps,
             "rank": self.absorb.rank,
+            "eager": self.eager,
             "repeats": self.repeats,
         }
 
@@ -137,6 +140,7 @@ class Desk:
         self._device = backbone.device
         self._adapter: Adapter | None = None
         self._round_ms: float | None = None
+        self._tried = False
 
     def cells(self, method: str) -> Iterator[Cell]:
         """Those of one method."""
@@ -185,8 +189,8 @@ class Desk:
 
         def work() -> list[Figure]:
             self._adapter = None
+            make_room(self._device)
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self._device)
             return run()
 
@@ -216,7 +220,8 @@ class Desk:
         task = self._task
         figures = self.decode(task.window(length), self.adapter, way=way)
         found = {figure.metric: figure for figure in figures}
-        if self._round_ms is None:
+        if self._round_ms is None and not self._tried:
+            self._tried = True
             with contextlib.suppress(torch.OutOfMemoryError, DeviceMemoryError):
                 self.round("if needed")
         if self._round_ms is not None:
@@ -316,16 +321,17 @@ class Desk:
 
     def absorb_config(self, *, checkpointing: bool = False) -> AbsorbConfig:
         """The settings of a round, recorded where that is possible, whose loss may rise on random tokens."""
-        recorded = self._device.type == "cuda"
+        recorded = self._device.type == "cuda" and not self._task.eager
         return self._task.absorb.replace(cuda_graphs=recorded, checkpointing=checkpointing, rollback="nonfinite")
 
     def round(self, checkpointing: Checkpointing) -> list[Figure]:
         """One round with everything that it has to replay, from the teacher's pass to the last look."""
         if checkpointing == "if needed":
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError, DeviceMemoryError):
                 return self.round("never")
-            except (torch.OutOfMemoryError, DeviceMemoryError):
-                return self.round("always")
+            self._adapter = None  # with the graphs that were recorded of its steps
+            make_room(self._device)
+            return self.round("always")
         task, config = self._task, self.absorb_config(checkpointing=checkpointing == "always")
         n, m = task.context_tokens, task.sync_tokens
         past = [Past(self.tokens(n), self.tokens(m)) for _ in range(config.replay_rounds)]

@@ -69,6 +69,13 @@ def milliseconds(
     return tuple(taken)
 
 
+def make_room(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait(device: torch.device) -> None:
     """Let the device finish what it was given."""
     if device.type != "cpu":
@@ -151,7 +158,11 @@ class Sheet:
             figures = cell.run()
         except (torch.OutOfMemoryError, DeviceMemoryError):
             figures = [Figure("out_of_memory", (1.0,), "")]
-        except RuntimeError as error:  # one thing that cannot be measured does not end a run on a device that is lent
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # one thing that cannot be measured does not end a run on a device that is lent
             self.say(f"{cell.label} failed: {error}")
             self.failures.append(cell.label)
             return
@@ -164,9 +175,7 @@ class Sheet:
         self.records += records
         self.on_records(records)
         self.say(f"{cell.label} ({seconds:.1f} s): " + ", ".join(spell(record) for record in records))
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
+        make_room(self.device)
 
     def _record(self, cell: Cell, figure: Figure, facts: dict[str, Any], seconds: float) -> Record:
         return Record(

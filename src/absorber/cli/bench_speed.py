@@ -1,7 +1,9 @@
 """`absorber bench latency` and `absorber bench cost`: what a token costs, read, written or absorbed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from absorber.cli.bench_run import show_rows
 from absorber.cli.console import Output
@@ -22,6 +24,7 @@ def latency(
     lengths: str = "",
     batches: str = "1,8",
     tokens: int = 128,
+    eager: Annotated[bool, Parameter(negative="")] = False,
     config: Path | None = None,
     repeats: int = 3,
     seconds: float | None = None,
@@ -43,6 +46,7 @@ def latency(
         lengths: N, separated by commas; 1024,4096,16384,65536,131072 if left out.
         batches: How many streams go on at once, separated by commas.
         tokens: Generated after the N.
+        eager: Record no step of absorbing as a CUDA graph.
         config: TOML file with tables [absorb] and [stream].
         repeats: How often each thing is timed; the median counts.
         seconds: No cell is begun after so many.
@@ -59,6 +63,7 @@ def latency(
         lengths=numbers("lengths", lengths) or LENGTHS,
         batches=numbers("batches", batches),
         num_tokens=tokens,
+        eager=eager,
         context_tokens=preset.stream.context_tokens,
         sync_tokens=preset.stream.sync_tokens,
         absorb=preset.absorb,
