@@ -249,6 +249,16 @@ def test_other_devices_have_the_twin(backbone, monkeypatch):
     assert not usable(backbone)
 
 
+def test_without_triton_the_twins_run(backbone, monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    assert not kernels.usable_on("cuda")
+    assert not kernels.usable(torch.zeros(1))
+    quick, slow = StaticDecoder(backbone, read_tokens=8, capacity=32), Decoder(backbone, read_tokens=8)
+    for decoder in (quick, slow):
+        decoder.read([1, 2, 3])
+    assert quick.write(5) == slow.write(5)
+
+
 # --- In a session
 
 

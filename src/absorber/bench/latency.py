@@ -91,10 +91,8 @@ class Latency:
             raise ConfigError(f"lengths, batches, tokens and repeats are 1 or more, sync tokens 2; got {self}")
 
     def window(self, length: int) -> int:
-        """How many of N tokens are still in the window: all, until it is full for the first time."""
-        if length < self.context_tokens + self.sync_tokens:
-            return length
-        return self.sync_tokens + (length - self.sync_tokens) % self.context_tokens
+        """How many of N tokens are in the window: all, or as many as it holds in the mean between two rounds."""
+        return min(length, self.sync_tokens + self.context_tokens // 2)
 
     def config(self, batch: int) -> dict[str, Any]:
         """The settings of a cell, for its records."""
