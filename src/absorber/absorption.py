@@ -25,7 +25,8 @@ from absorber.backbone import Backbone, check_positions, forward_states, untouch
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.lessons import Lesson, Lessons, Past
-from absorber.optimizer import new_optimizer, scheduled, take_step
+from absorber.notes import Notes
+from absorber.optimizer import new_optimizer, scheduled, settled, take_step
 from absorber.student import gradients, synchronization_loss
 from absorber.study import learn
 from absorber.synchronization import Target, next_token_loss
@@ -70,9 +71,8 @@ def absorb_context(
     *,
     sink_id: int,
     num_generated: int = 0,
-    study_BS: Tensor | None = None,
-    written_BT: Tensor | None = None,
-    studied: Sequence[Tensor] = (),
+    notes: Notes | None = None,
+    studied: Sequence[Notes] = (),
     past: Sequence[Past] = (),
     anchors: Tensor | None = None,
     round_number: int = 1,
@@ -90,10 +90,9 @@ def absorb_context(
         sink_id: First token of teacher and student if `config.sink` is "shared".
         num_generated: How many of the last tokens of Y the model wrote itself. The next-token term leaves them
             out, for they tell nothing about the stream.
-        study_BS: Passages of X to be learned by heart before, from `study.choose_passages`; the adapter's part for them
-            has begun (`study.begin`).
-        written_BT: Texts that the base wrote about X, of `study_written_tokens` tokens each; for study.
-        studied: Passages of earlier rounds, to be studied again.
+        notes: What is studied of X before, from `notes.take_notes`; the adapter's part for it has begun
+            (`study.begin`).
+        studied: Notes of earlier rounds, to be studied again.
         past: Earlier rounds, to train on again.
         anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
         round_number: Decides together with the seed which step trains on what.
@@ -142,24 +141,11 @@ def absorb_context(
                 config=config,
                 round_number=round_number,
             )
-            if study_BS is not None:
+            if notes is not None:
                 _look(backbone, adapter, before, lessons.own, results, config, sink_id=sink)
-                written = None
-                if written_BT is not None:
-                    texts = written_BT.shape[1] // config.study_written_tokens
-                    written = Lesson(context_BN, written_BT, written_BT.shape[1], (texts,), is_anchor=True)
-                    written.target = _teach(backbone, adapter, before, written, config, sink_id=sink)
-                learn(
-                    backbone,
-                    adapter,
-                    study_BS,
-                    studied,
-                    config,
-                    sink_id=sink,
-                    round_number=round_number,
-                    written=written,
-                )
-            _train(backbone, adapter, before, lessons, results, optimizer, config, sink_id=sink, on_step=on_step)
+                learn(backbone, adapter, notes, studied, trained_BM, config, sink_id=sink, round_number=round_number)
+            peak = settled(config, round_number)
+            _train(backbone, adapter, before, lessons, results, optimizer, config, peak, sink_id=sink, on_step=on_step)
             if judged:
                 _shrink(backbone, adapter, before, subsequent_BM, judged, results, sink_id=sink)
             _roll_back(results, adapter, before, optimizer, moments, config)
@@ -218,6 +204,7 @@ def _train(
     results: list[RoundResult],
     optimizer: torch.optim.Optimizer,
     config: AbsorbConfig,
+    learning_rate: float,
     *,
     sink_id: int | None,
     on_step: Callable[[int, Tensor], None] | None,
@@ -229,7 +216,8 @@ def _train(
         last = step == config.max_steps
         lesson = lessons.of_step(step)
         if lesson.target is None:
-            lesson.target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
+            target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
+            lesson.taught(target, by_base=config.teacher == "base")
         pieces = lesson.pieces(0 if last else step)
         if last:
             with torch.no_grad():
@@ -248,9 +236,8 @@ def _train(
             _check_finite(loss_B)
         if last or not running_B.any():
             break
-        take_step(
-            optimizer, adapter, running_B, scheduled(config.learning_rate, step, config.max_steps, config), config
-        )
+        rate = scheduled(learning_rate, step, config.max_steps, config)
+        take_step(optimizer, adapter, running_B, rate, config)
         for index in running_B.nonzero().flatten().tolist():
             results[index].num_steps += 1
 

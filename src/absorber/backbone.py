@@ -176,21 +176,26 @@ def eos_tokens(model: Any, tokenizer: Any = None) -> set[int]:
     return found | ({separator} if separator is not None else set())
 
 
-def sentence_breaks(tokenizer: Any, model: Any) -> Tensor:
+def vocabulary(tokenizer: Any, model: Any) -> list[str]:
+    """Return each token as text; the model's vocabulary may be larger."""
+    known = range(min(model.get_input_embeddings().num_embeddings, len(tokenizer)))
+    texts: list[str] = tokenizer.batch_decode([[token_id] for token_id in known])
+    return texts
+
+
+def sentence_breaks(texts: Sequence[str], size: int) -> Tensor:
     """Say of each token whether a sentence may begin after it: it ends one, or a line.
 
     Args:
-        tokenizer: Of the model.
-        model: A Hugging Face causal language model, whose vocabulary may be larger than the tokenizer's.
+        texts: From `vocabulary`.
+        size: V.
 
     Returns:
         [V], bool.
     """
-    size = model.get_input_embeddings().num_embeddings
-    known = range(min(size, len(tokenizer)))
     breaks_V = torch.zeros(size, dtype=torch.bool)
-    for token_id, token in zip(known, tokenizer.batch_decode([[token_id] for token_id in known]), strict=True):
-        breaks_V[token_id] = "\n" in token or token.rstrip("\"'”’)] ").endswith((".", "!", "?", "。", "！", "？"))
+    for token_id, text in enumerate(texts):
+        breaks_V[token_id] = "\n" in text or text.rstrip("\"'”’)] ").endswith((".", "!", "?", "。", "！", "？"))
     return breaks_V
 
 

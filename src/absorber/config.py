@@ -115,13 +115,16 @@ class AbsorbConfig(_Settings):
     """eps: a round ends as soon as its loss is below this. None: never."""
     optimizer: Literal["adamw", "sgd", "lion", "muon"] = "adamw"
     """Which optimizer. sgd has momentum .9; lion is arXiv 2302.06675; muon makes each matrix's update orthogonal."""
-    learning_rate: float = 5e-5
+    learning_rate: float = 7e-5
     """Peak learning rate; each optimizer needs its own."""
     warmup_steps: int = 3
     """Steps of linear warm-up at the start of each round: a fresh Adam's first steps are as large as its later
     ones, whatever the gradient."""
     schedule: Literal["linear", "constant"] = "linear"
     """After the warm-up: decay linearly to zero over the round, or stay."""
+    settling_rounds: float | None = 25.0
+    """The learning rate of round t is divided by the root of 1 + (t - 1) / this, so that over many rounds the memory
+    settles instead of following its last ones. None: the same in every round (paper)."""
     weight_decay: float = 0.0
     """Weight decay, decoupled from the gradient but with sgd."""
     adam_epsilon: float = 1e-8
@@ -173,21 +176,22 @@ class AbsorbConfig(_Settings):
     segments: tuple[int, ...] = (1, 1, 1, 4)
     """Into how many pieces, which the student reads one by one, the subsequent text is cut: one entry a step, in turn.
     Short pieces make the memory answer for what stands before them. (1,): never (paper)."""
-    replay_rounds: int = 8
-    """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them."""
+    replay_rounds: int = 64
+    """How many earlier rounds are kept, as token ids, to train on again; a random sample of all of them. A pristine
+    teacher's final states of them are kept as well, in the CPU's memory, so that it reads each but once more."""
     replay_share: float = 0.5
     """Share of the steps, anchors left out, that train on an earlier round."""
     study: Literal["off", "light", "full"] = "off"
     """How the model studies a context, so that its facts are kept, with a part of the adapter that is for them alone.
-    light: the sentences that it expects least are learned by heart. full: they are also learned in the wake of other
-    text, and the memory learns what the base, with the context in view, writes about it."""
+    light: the sentences that it expects least are learned by heart. full: so are questions with answers that the base
+    writes about them, and both also in the wake of other text; with three times the steps."""
     study_rank: int = 64
     """Rank of that part, beside `rank`."""
     study_floor: float = 0.1
     """How far that part keeps away from the inputs of ordinary text: directions that ordinary text uses more than this
     much of the mean direction's share are held down. Smaller: further away, and slower to learn."""
     study_steps: int = 32
-    """Steps of study a round, before those of synchronization."""
+    """Steps of study a round, before those of synchronization, in each form: light has one, full has three."""
     study_learning_rate: float = 1e-3
     """Peak learning rate of study."""
     study_passages: int = 12
@@ -197,16 +201,15 @@ class AbsorbConfig(_Settings):
     study_cue: int = 6
     """How many tokens at the beginning of a sentence are given and not learned: nothing tells them from the sink alone,
     and a model that learns them says them everywhere."""
-    study_written_tokens: int = 48
-    """full: tokens of each text that the base writes about a context: a question with its answer, a list of names and
-    numbers, a summary, a rewording, a continuation."""
+    study_written_tokens: int = 64
+    """full: tokens of a question with its answer at most."""
     study_past: int = 2
     """From how many earlier rounds each step studies the sentences again."""
     study_rounds: int = 64
     """Of how many earlier rounds the sentences are kept, as token ids; a random sample of all of them."""
-    anchor_share: float = 0.2
+    anchor_share: float = 0.3
     """Share of the steps that hold the model to what the base says of texts that the base wrote from nothing."""
-    anchor_texts: int = 16
+    anchor_texts: int = 64
     """How many such texts there are; they are written before the first round."""
     anchor_tokens: int = 128
     """Tokens of each."""
@@ -245,8 +248,12 @@ class AbsorbConfig(_Settings):
         for name in ("replay_share", "anchor_share"):
             self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check_counts("warmup_steps", "seed", at_least=0)
+        self.check(
+            "settling_rounds",
+            self.settling_rounds is None or 0 < self.settling_rounds < math.inf,
+            "above zero, or left out",
+        )
         self.check("learning_rate", 0 < self.learning_rate < math.inf, "above zero")
-        self.check("alpha", self.alpha is None or 0 < self.alpha < math.inf, "above zero, or left out")
         self.check("threshold", self.threshold is None or self.threshold >= 0, "zero or more, or left out")
         self.check("gradient_clip", self.gradient_clip is None or self.gradient_clip > 0, "above zero, or left out")
         self.check("teacher_mixture", 0 <= self.teacher_mixture <= 1, "between 0 and 1")
@@ -339,6 +346,7 @@ PRESETS: dict[str, Preset] = {
             learning_rate=5e-4,
             warmup_steps=0,
             schedule="constant",
+            settling_rounds=None,
             weight_decay=0.01,
             gradient_clip=None,
             hidden_weight=1.0,

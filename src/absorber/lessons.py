@@ -9,7 +9,7 @@ Shapes: B streams, N context tokens, M subsequent tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +20,16 @@ from absorber.synchronization import Target
 Item = TypeVar("Item")
 
 
-class Past(NamedTuple):
-    """What is kept of an earlier round."""
+@dataclass(slots=True, eq=False)
+class Past:
+    """What is kept of an earlier round, on the CPU."""
 
     context_BN: Tensor
     """X."""
     subsequent_BM: Tensor
     """Y."""
-
-    def to(self, device: torch.device) -> "Past":
-        """Copy to a device."""
-        return Past(*(part.to(device) for part in self))
+    target: Target | None = None
+    """What the pristine base says of Y, once it was asked; that never changes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +48,23 @@ class Lesson:
     """Whether the teacher is the base whatever the settings, and reads the pieces one by one as well."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
+    past: Past | None = None
+    """The earlier round that it is of."""
+
+    @classmethod
+    def again(cls, past: Past, segments: tuple[int, ...], device: torch.device) -> "Lesson":
+        """An earlier round as a lesson, on a device."""
+        target = None if past.target is None else past.target.to(device)
+        return cls(past.context_BN.to(device), past.subsequent_BM.to(device), 0, segments, target=target, past=past)
+
+    def taught(self, target: Target, *, by_base: bool) -> None:
+        """Take what the teacher says; what the base says of an earlier round is kept for later ones.
+
+        Hidden states are not: they are as large as L texts.
+        """
+        self.target = target
+        if self.past is not None and by_base and not target.layers:
+            self.past.target = target.to("cpu")
 
     def pieces(self, step: int) -> int:
         """Into how many pieces Y is cut in a step: at most so many as divide it evenly."""
@@ -79,15 +95,18 @@ class Lessons:
         """
         dice = random.Random(f"{config.seed}/{round_number}")
         self.own = own
-        texts = [Lesson(kept.context_BN, kept.subsequent_BM, 0, config.segments) for kept in past]
+        drawn: dict[int, Lesson] = {}
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
         self._of_step: list[Lesson] = []
         for step in range(config.max_steps):
             text = own
             if step and anchor is not None and dice.random() < config.anchor_share:
                 text = anchor
-            elif step and texts and dice.random() < config.replay_share:
-                text = dice.choice(texts)
+            elif step and past and dice.random() < config.replay_share:
+                place = dice.randrange(len(past))
+                if place not in drawn:
+                    drawn[place] = Lesson.again(past[place], config.segments, own.subsequent_BM.device)
+                text = drawn[place]
             self._of_step.append(text)
         self._of_step.append(own)
 

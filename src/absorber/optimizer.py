@@ -3,6 +3,7 @@
 Every update is made of a stream's own gradients, so that streams do not touch each other.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -105,6 +106,13 @@ def scheduled(peak: float, step: int, num_steps: int, config: AbsorbConfig) -> f
     if config.schedule == "constant":
         return peak * warm
     return peak * min(warm, (num_steps - step) / max(1, num_steps - config.warmup_steps))
+
+
+def settled(config: AbsorbConfig, round_number: int) -> float:
+    """The peak learning rate of a round, from 1."""
+    if config.settling_rounds is None:
+        return config.learning_rate
+    return config.learning_rate / math.sqrt(1 + (round_number - 1) / config.settling_rounds)
 
 
 def take_step(

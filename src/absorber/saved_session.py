@@ -12,7 +12,7 @@ from absorber.errors import MemoryFileError, SessionNotFoundError
 from absorber.memory import Memory
 from absorber.store import read_json, recover, whole_folder, write_json
 
-FORMAT = 3
+FORMAT = 4
 STATE = "session.json"
 _MEMORY = "memory"
 _OPTIMIZER = "optimizer.safetensors"
@@ -36,8 +36,8 @@ class SavedSession:
     """Tokens read of each named source."""
     replay_ids: list[list[list[int]]]
     """Earlier rounds, each as X and Y."""
-    studied_ids: list[list[int]]
-    """Passages of earlier rounds, filled up with -1."""
+    studied_codes: list[list[list[list[int]]]]
+    """Notes of earlier rounds, each as passages and questions, as `study` codes them."""
     anchor_ids: list[list[int]] | None
     """Texts on which the model should stay as it is, if they are written already."""
     random_state: Tensor
@@ -65,7 +65,7 @@ def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
                 "behind": saved.behind_ids,
                 "pending": saved.pending_ids,
                 "replay": saved.replay_ids,
-                "studied": saved.studied_ids,
+                "notes": saved.studied_codes,
                 "anchors": saved.anchor_ids,
                 "sources": saved.sources,
                 "random_state": saved.random_state.numpy().tobytes().hex(),
@@ -109,7 +109,10 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
             pending_ids=_token_ids(content["pending"], model),
             # Format 2 had passages behind each Y, which were learned in another way.
             replay_ids=[[_token_ids(part, model) for part in kept[:2]] for kept in content["replay"]],
-            studied_ids=[_token_ids(row, model, lowest=-1) for row in content.get("studied", [])],
+            # Before format 4 there were passages alone, in another form; they are no longer studied again.
+            studied_codes=[
+                [[_codes(row, model) for row in part] for part in notes] for notes in content.get("notes", [])
+            ],
             anchor_ids=None if content["anchors"] is None else [_token_ids(row, model) for row in content["anchors"]],
             sources={str(name): int(count) for name, count in content["sources"].items()},
             random_state=torch.tensor(list(bytes.fromhex(content["random_state"])), dtype=torch.uint8),
@@ -119,9 +122,14 @@ def read(folder: str | os.PathLike[str], model: Any) -> SavedSession:
         raise MemoryFileError(f"{place} is damaged: {error}. Restore a copy, or start anew") from error
 
 
-def _token_ids(values: list[Any], model: Any, *, lowest: int = 0) -> list[int]:
+def _codes(values: list[int], model: Any) -> list[int]:
+    _token_ids([-2 - code if code < -1 else max(code, 0) for code in values], model)
+    return values
+
+
+def _token_ids(values: list[Any], model: Any) -> list[int]:
     vocabulary = model.get_input_embeddings().num_embeddings
-    if not all(isinstance(value, int) and lowest <= value < vocabulary for value in values):
+    if not all(isinstance(value, int) and 0 <= value < vocabulary for value in values):
         raise ValueError("a token id is outside the model's vocabulary")
     return values
 

@@ -22,9 +22,9 @@ from absorber.gate import Rule, Signals, opens, signals
 from absorber.generation import Decoder, choose_token
 from absorber.lessons import Past
 from absorber.memory import Memory, Round
+from absorber.notes import Notes, make_guide
 from absorber.saved_session import Moments, SavedSession, is_session
 from absorber.stream import Stream
-from absorber.study import make_guide
 from absorber.text import as_turn, cut
 
 # What the weights of a memory have been made with.
@@ -414,8 +414,11 @@ class Session:
                 window_ids=self.window_ids,
                 behind_ids=self._stream.behind_BT[0].tolist(),
                 pending_ids=self._stream.pending_BT[0].tolist(),
-                replay_ids=[[part[0].tolist() for part in past] for past in self._stream.reservoir.items],
-                studied_ids=[passages_BS[0].tolist() for passages_BS in self._stream.studied.items],
+                replay_ids=[
+                    [past.context_BN[0].tolist(), past.subsequent_BM[0].tolist()]
+                    for past in self._stream.reservoir.items
+                ],
+                studied_codes=[[part[0].tolist() for part in notes] for notes in self._stream.studied.items],
                 anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
                 sources=self._sources,
                 random_state=self._generator.get_state(),
@@ -450,9 +453,10 @@ class Session:
             stream.behind_BT = torch.tensor([saved.behind_ids], dtype=torch.long)
             stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
             stream.reservoir.items = [
-                Past(*(torch.tensor([ids], dtype=torch.long) for ids in parts)) for parts in saved.replay_ids
+                Past(torch.tensor([context], dtype=torch.long), torch.tensor([subsequent], dtype=torch.long))
+                for context, subsequent in saved.replay_ids
             ]
-            stream.studied.items = [torch.tensor([ids], dtype=torch.long) for ids in saved.studied_ids]
+            stream.studied.items = [Notes.of(*parts, config=saved.memory.config) for parts in saved.studied_codes]
             stream.anchors = None if saved.anchor_ids is None else torch.tensor(saved.anchor_ids)
             session._sources = saved.sources
             session._generator.set_state(saved.random_state)

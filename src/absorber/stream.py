@@ -21,9 +21,9 @@ from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError, ContextError
 from absorber.lessons import Past, Reservoir
 from absorber.memory import Round
+from absorber.notes import Guide, Notes, take_notes
 from absorber.optimizer import new_optimizer
-from absorber.study import Guide
-from absorber.subsequent import generate_subsequent, write_about, write_from_nothing
+from absorber.subsequent import generate_subsequent, write_from_nothing
 
 OnStep = Callable[[int, Tensor], None]
 OnRound = Callable[[list[Round]], None]
@@ -79,8 +79,8 @@ class Stream:
         """Rounds so far."""
         self.reservoir: Reservoir[Past] = Reservoir(config.replay_rounds, seed=config.seed)
         """Earlier rounds to train on again."""
-        self.studied: Reservoir[Tensor] = Reservoir(config.study_rounds, seed=f"{config.seed}/study")
-        """Their passages [B, S], to study again; on the CPU."""
+        self.studied: Reservoir[Notes] = Reservoir(config.study_rounds, seed=f"{config.seed}/study")
+        """Notes of them, to study again."""
         self.anchors: Tensor | None = None
         """Texts [Q, A] on which the model should stay as it is; written before the first round."""
 
@@ -145,9 +145,19 @@ class Stream:
         context_BN = self.window_BT[:, :size]
         taught_BT = torch.cat([self.behind_BT, context_BN], dim=1)
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
-        passages_BS = written_BT = None
+        notes = None
         if self._config.study != "off":
-            passages_BS, written_BT = self._prepare_study(context_BN)
+            study.begin(
+                self._backbone,
+                self._adapter,
+                self.window_BT.to(place),
+                self.anchors,
+                self._config,
+                sink_id=self._sink_id,
+            )
+            notes = take_notes(
+                self._backbone, context_BN.to(place), self._config, sink_id=self._sink_id, guide=self._guide
+            )
         results = absorb_context(
             self._backbone,
             self._adapter,
@@ -156,10 +166,9 @@ class Stream:
             self._config,
             sink_id=self._sink_id,
             num_generated=generated_BT.shape[1],
-            study_BS=None if passages_BS is None else passages_BS.to(place),
-            written_BT=None if written_BT is None else written_BT.to(place),
-            studied=[kept.to(place) for kept in self.studied.items],
-            past=[kept.to(place) for kept in self.reservoir.items],
+            notes=notes,
+            studied=self.studied.items,
+            past=self.reservoir.items,
             anchors=self.anchors,
             round_number=self.num_rounds + 1,
             optimizer=self.optimizer,
@@ -171,8 +180,8 @@ class Stream:
         self.num_rounds += 1
         if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
             self.reservoir.add(Past(taught_BT, follows_BM), round_number=self.num_rounds)
-        if passages_BS is not None:
-            self.studied.add(passages_BS, round_number=self.num_rounds)
+        if notes is not None:
+            self.studied.add(notes, round_number=self.num_rounds)
         if self._on_round is not None:
             self._on_round(
                 [
@@ -190,22 +199,3 @@ class Stream:
                     for result in results
                 ]
             )
-
-    def _prepare_study(self, context_BN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Passages [B, S] of X to be learned by heart, and, if study is full, texts [B, P * T] that the base writes."""
-        backbone, config, sink_id, guide = self._backbone, self._config, self._sink_id, self._guide
-        place = backbone.device
-        study.begin(backbone, self._adapter, self.window_BT.to(place), self.anchors, config, sink_id=sink_id)
-        breaks_V = None if guide is None else guide.breaks_V
-        passages_BS = study.choose_passages(backbone, context_BN.to(place), config, sink_id=sink_id, breaks_V=breaks_V)
-        if config.study == "light":
-            return passages_BS, None
-        written_BT = write_about(
-            backbone,
-            context_BN.to(place),
-            ((),) if guide is None else guide.prompts,
-            config.study_written_tokens,
-            sink_id=sink_id,
-            seed=config.seed + self.num_rounds,
-        )
-        return passages_BS, written_BT

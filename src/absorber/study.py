@@ -1,110 +1,27 @@
 """Study: keeping the facts of a context, which nothing in its subsequent text depends on. Not in the paper.
 
-Before a round, the base says which sentences of X it expects least; the memory learns them by heart. Learned with all
-of the memory they ruin what it says of other text. So a part of the adapter is for them alone, `study_rank` ranks
-beside the `rank` of synchronization, and begins where ordinary text hardly reaches: its A, which is not trained,
-answers as little as may be to the inputs of the stream's first window and of the base's own writing (the idea of
-null-space methods: AlphaEdit, arXiv 2410.02355; gradient projection memory, arXiv 2103.09762; a frozen A: LoRA-FA,
-2308.03303).
+Before a round, the memory learns by heart what `notes` took of X. Learned with all of the memory, that ruins what it
+says of other text. So a part of the adapter is for it alone, `study_rank` ranks beside the `rank` of synchronization.
+It begins where ordinary text hardly reaches: its A, which is not trained, answers as little as may be to the inputs of
+the stream's first window and of the base's own writing (the idea of null-space methods: AlphaEdit, arXiv 2410.02355;
+gradient projection memory, arXiv 2103.09762; a frozen A: LoRA-FA, 2308.03303).
 
-Shapes: B streams, N context tokens, S tokens of passages, R rank, I inputs of a projection, W texts, T tokens.
+Shapes: B streams, P passages, S tokens, R rows of T codes (notes.py), or rank, I inputs of a projection, W texts.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, forward_states, num_features, sentence_breaks, untouched, with_sink
+from absorber.backbone import Backbone, forward_states, num_features, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
-from absorber.lessons import Lesson
+from absorber.notes import Notes, given, readable
 from absorber.optimizer import scheduled, take_step
-from absorber.student import gradients
 from absorber.synchronization import next_token_loss
-
-# --- What is studied
-
-_PROMPTS = (
-    "\n\nQuestion:",
-    "\n\nNames and numbers in this text:\n-",
-    "\n\nIn short,",
-    "\n\nIn other words,",
-    "\n",
-)
-
-
-class Guide(NamedTuple):
-    """What study has to know of a language."""
-
-    breaks_V: Tensor
-    """For each token of the vocabulary, whether a sentence may begin after it."""
-    prompts: tuple[tuple[int, ...], ...]
-    """Beginnings of texts that the model writes about a context, as token ids."""
-
-
-def make_guide(tokenizer: Any, model: Any) -> Guide:
-    """Make the guide of a tokenizer; the model's vocabulary may be larger than the tokenizer's."""
-    prompts = (tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in _PROMPTS)
-    return Guide(sentence_breaks(tokenizer, model), tuple(prompts))
-
-
-@torch.no_grad()
-def choose_passages(
-    backbone: Backbone, context_BN: Tensor, config: AbsorbConfig, *, sink_id: int, breaks_V: Tensor | None
-) -> Tensor:
-    """Find the sentences of a text that the base model expects least: names, numbers, whatever cannot be guessed.
-
-    A passage is a sentence, or as much of it as `study_tokens` holds; what is too short to have anything after its cue
-    takes in the next one. Passages do not overlap.
-
-    Args:
-        backbone: The model, with no adapter attached.
-        context_BN: X.
-        config: How many passages of how many tokens, and how long a cue is.
-        sink_id: What stands before the text.
-        breaks_V: For each token of the vocabulary, whether a sentence may begin after it. None: the text is cut into
-            passages of equal length.
-
-    Returns:
-        Token ids [B, S], on the CPU: `study_passages` times `study_tokens`, the most surprising first; -1 fills up a
-        short passage, and takes the place of one that is not there.
-    """
-    with untouched(backbone.model):
-        states = forward_states(backbone, with_sink(sink_id, context_BN))
-        nll_BN = torch.stack(
-            [
-                -backbone.logits(final[:-1]).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-                for final, ids in zip(states.final_BTD, context_BN, strict=True)
-            ]
-        ).cpu()
-    count, size = config.study_passages, config.study_tokens
-    passages_BPS = torch.full((context_BN.shape[0], count, size), -1)
-    for passages_PS, ids, nll in zip(passages_BPS, context_BN.cpu(), nll_BN, strict=True):
-        sentences = _sentences(ids, breaks_V, shortest=config.study_cue + 2, longest=size)
-        chosen: list[slice] = []
-        for place in sorted(sentences, key=lambda place: -float(nll[place].mean())):
-            if len(chosen) < count and all(place.stop <= other.start or other.stop <= place.start for other in chosen):
-                passages_PS[len(chosen), : place.stop - place.start] = ids[place]
-                chosen.append(place)
-    return passages_BPS.flatten(1)
-
-
-def _sentences(ids: Tensor, breaks_V: Tensor | None, *, shortest: int, longest: int) -> list[slice]:
-    """Where sentences stand in a text, from each place where one begins; they may overlap."""
-    begins = [0] if breaks_V is None else [0, *(breaks_V[ids[:-1]].nonzero().flatten() + 1).tolist()]
-    found = []
-    for begin in begins:
-        sentence_end = next((end for end in begins if end >= begin + shortest), len(ids))
-        for start in range(begin, sentence_end, longest):  # a long one is cut
-            end = min(start + longest, sentence_end)
-            if end - start >= shortest:
-                found.append(slice(start, end))
-    return found
-
 
 # --- Where it is kept
 
@@ -180,110 +97,133 @@ def _covariance(x_BTI: Tensor) -> Tensor:
 # --- How it is learned
 
 
-def study_loss(
-    backbone: Backbone, passages_BS: Tensor, config: AbsorbConfig, *, sink_id: int | None, together: bool = False
-) -> Tensor:
-    """Mean next-token loss on passages that are read one by one, after the sink alone, or one after another.
-
-    Read alone, a passage is known to a model that has nothing else in view; read after others, also to one that has.
-    The first `study_cue` tokens of a passage are its cue and are not scored.
+def study_loss(backbone: Backbone, rows_BRT: Tensor, *, sink_id: int | None) -> Tensor:
+    """Mean next-token loss on what is learned of rows that are read one by one.
 
     Args:
         backbone: The model, with the adapter that learns attached.
-        passages_BS: Passages of `study_tokens` tokens, one after another, filled up with -1.
-        config: Their length and that of the cue.
+        rows_BRT: Codes; nothing stands at the end of a row alone.
         sink_id: First token of each, or None.
-        together: Whether each is read after those before it.
 
     Returns:
         [B], float32, in nats. Not in the paper: nothing in Y depends on the facts of X (docs/method.md).
     """
-    num_streams, num_tokens = passages_BS.shape
-    places_S = torch.arange(num_tokens, device=passages_BS.device) % config.study_tokens
-    wanted_BS = (places_S >= config.study_cue) & (passages_BS >= 0)
-    if together:  # what fills passages up goes to the end
-        order_BS = (passages_BS < 0).byte().argsort(dim=1, stable=True)
-        passages_BS, wanted_BS = passages_BS.gather(1, order_BS), wanted_BS.gather(1, order_BS)
-    known_BS = passages_BS.clamp_min(0)
-    input_ids_BT = with_sink(sink_id, known_BS if together else known_BS.reshape(-1, config.study_tokens))
+    num_streams = len(rows_BRT)
+    known_BS, learned_BS = readable(rows_BRT).flatten(1), (rows_BRT >= 0).flatten(1)
+    input_ids_BT = with_sink(sink_id, known_BS.reshape(-1, rows_BRT.shape[2]))
     final_BSD = forward_states(backbone, input_ids_BT, first=int(sink_id is not None)).rejoined(num_streams).final_BTD
-    scored_BS = torch.roll(wanted_BS, -1, dims=1)  # place t predicts t + 1
+    scored_BS = torch.roll(learned_BS, -1, dims=1)  # place t predicts t + 1
     return next_token_loss(final_BSD, known_BS, backbone.logits, scored_BT=scored_BS)
 
 
-def passages_of_steps(
-    own_BS: Tensor, past: Sequence[Tensor], config: AbsorbConfig, *, round_number: int
+def alone(own: Notes, past: Sequence[Notes], text_BT: Tensor, dice: random.Random) -> Tensor:
+    """All passages, each as a row of its own."""
+    return torch.cat([notes.passages_BPS for notes in (own, *past)], dim=1)
+
+
+def asked(own: Notes, past: Sequence[Notes], text_BT: Tensor, dice: random.Random) -> Tensor:
+    """All questions about the round's passages, and as many about earlier ones, each in one of its two forms."""
+    rows = [_either_form(own, index, dice) for index in range(own.passages_BPS.shape[1])]
+    return torch.stack(rows + [_either_form(*_any(past, dice), dice) for _ in rows if past], dim=1)
+
+
+def among(own: Notes, past: Sequence[Notes], text_BT: Tensor, dice: random.Random) -> Tensor:
+    """Passages and questions one after another in one row, each after a piece of ordinary text."""
+    pieces = []
+    for _ in range(own.passages_BPS.shape[1]):
+        notes, index = _any((own, *past), dice)
+        start = dice.randrange(max(1, text_BT.shape[1] - _PIECE_TOKENS + 1))
+        pieces.append(given(text_BT[:, start : start + _PIECE_TOKENS]))
+        is_question = dice.random() < 0.5 and notes.questions_BQT.shape[1] > 0
+        row_BT = _either_form(notes, index, dice) if is_question else notes.passages_BPS[:, index]
+        room = own.questions_BQT.shape[2] - row_BT.shape[1]
+        pieces.append(nn.functional.pad(row_BT, (0, max(0, room)), value=-1))
+    row_BS = torch.cat(pieces, dim=1)
+    order_BS = (row_BS == -1).byte().argsort(dim=1, stable=True)  # nothing goes to the end
+    return row_BS.gather(1, order_BS)[:, None]
+
+
+_FORMS = {"light": (alone,), "full": (alone, asked, among)}
+_PIECE_TOKENS = 32
+
+
+def _any(notes: Sequence[Notes], dice: random.Random) -> tuple[Notes, int]:
+    chosen = dice.choice(notes)
+    return chosen, dice.randrange(chosen.passages_BPS.shape[1])
+
+
+def _either_form(notes: Notes, index: int, dice: random.Random) -> Tensor:
+    """The question about a passage, as plain text or as a turn of a chat."""
+    return notes.questions_BQT[:, index + dice.randrange(2) * notes.passages_BPS.shape[1]]
+
+
+def rows_of_steps(
+    own: Notes, past: Sequence[Notes], text_BT: Tensor, config: AbsorbConfig, *, round_number: int
 ) -> Iterator[Tensor]:
-    """Draw what each step of study is on: the passages of the round and of some earlier ones, in an order of its own.
+    """Draw what each step of study is on: the round and some earlier ones, in one form after another.
 
     Args:
-        own_BS: Passages of this round, from `choose_passages`.
+        own: Notes of this round.
         past: Those of earlier rounds.
-        config: Steps, how many earlier rounds, and the seed.
+        text_BT: Ordinary text of the streams.
+        config: Steps of each form, how many earlier rounds, and the seed.
         round_number: Decides together with the seed.
 
     Yields:
-        Passages [B, S'].
+        Codes [B, R, T].
     """
     dice = random.Random(f"{config.seed}/study/{round_number}")
+    # Without questions there is one form of everything.
+    forms = _FORMS[config.study] if own.questions_BQT.shape[1] else (alone,)
     for _ in range(config.study_steps):
-        again = dice.sample(past, min(config.study_past, len(past)))
-        passages_BPS = torch.cat([own_BS, *again], dim=1).view(len(own_BS), -1, config.study_tokens)
-        order = dice.sample(range(passages_BPS.shape[1]), passages_BPS.shape[1])
-        yield passages_BPS[:, order].flatten(1)
+        for form in forms:
+            again = dice.sample(past, min(config.study_past, len(past)))
+            yield form(own, again, text_BT, dice)
 
 
 def learn(
     backbone: Backbone,
     adapter: Adapter,
-    own_BS: Tensor,
-    past: Sequence[Tensor],
+    own: Notes,
+    past: Sequence[Notes],
+    text_BT: Tensor,
     config: AbsorbConfig,
     *,
     sink_id: int | None,
     round_number: int,
-    written: Lesson | None = None,
 ) -> None:
-    """Study a context, and passages of earlier ones again, with the part of the adapter that is for it.
+    """Study a context, and notes of earlier ones again, with the part of the adapter that is for it.
 
     Args:
         backbone: The model, with `adapter` attached.
         adapter: B of its last `study_rank` ranks is trained in place.
-        own_BS: Passages of this round, from `choose_passages`.
+        own: Notes of this round, from `take_notes`.
         past: Those of earlier rounds.
+        text_BT: Ordinary text of the streams, for what is learned in its wake.
         config: Steps and learning rate.
-        sink_id: First token of each passage, or None.
+        sink_id: First token of each row, or None.
         round_number: Decides together with the seed which earlier rounds come when.
-        written: What the base wrote about X, and says of it with X in view. If it is given, the steps are in turn on
-            passages read alone, on passages read one after another, and on this.
     """
     optimizer = torch.optim.AdamW(adapter.up.values(), lr=config.study_learning_rate, weight_decay=0.0, fused=True)
-    everyone_B = torch.ones(len(own_BS), dtype=torch.bool, device=own_BS.device)
+    everyone_B = torch.ones(len(text_BT), dtype=torch.bool, device=text_BT.device)
     graphs = graphs_of(backbone, adapter) if config.cuda_graphs else None
     weights = adapter.parameters()
-    # Against the teacher's distributions alone, whatever the round itself is on.
-    distill = config.replace(
-        study="off", hidden_weight=0.0, kl_weight=1.0, next_token_weight=0.0, update_penalty="none", positions="own"
-    )
 
-    def compute(passages_BS: Tensor) -> Tensor:
-        return study_loss(backbone, passages_BS, config, sink_id=sink_id, together=turn == 1)
+    def compute(rows_BRT: Tensor) -> Tensor:
+        return study_loss(backbone, rows_BRT, sink_id=sink_id)
 
-    def compute_without_masks(passages_BS: Tensor) -> Tensor:
+    def compute_without_masks(rows_BRT: Tensor) -> Tensor:
         with without_masks(backbone):
-            return compute(passages_BS)
+            return compute(rows_BRT)
 
-    for step, passages_BS in enumerate(passages_of_steps(own_BS, past, config, round_number=round_number)):
-        turn = step % 3 if written is not None else 0
+    steps = list(rows_of_steps(own, past, text_BT.cpu(), config, round_number=round_number))
+    for step, rows_BRT in enumerate(rows.to(backbone.device) for rows in steps):
         for weight in weights:
             weight.grad = None
-        if turn == 2 and written is not None:
-            segments = written.pieces(0)
-            gradients(backbone, adapter, [], written, distill, everyone_B, sink_id=sink_id, segments=segments)
-        else:
-            key = ("study", turn, config)
-            if graphs is None or graphs.run(key, compute_without_masks, [passages_BS], everyone_B, weights) is None:
-                compute(passages_BS).sum().backward()  # type: ignore[no-untyped-call]
+        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, weights)
+        if recorded is None:
+            compute(rows_BRT).sum().backward()  # type: ignore[no-untyped-call]
         adapter.drop_gradients(slice(config.rank), of_all_down=True)
-        rate = scheduled(config.study_learning_rate, step, config.study_steps, config)
-        take_step(optimizer, adapter, everyone_B, rate, config)
+        take_step(
+            optimizer, adapter, everyone_B, scheduled(config.study_learning_rate, step, len(steps), config), config
+        )

@@ -5,18 +5,17 @@ The next text of the stream is the paper's first choice for Y and needs no code:
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, eos_tokens, read_on, untouched, with_sink
+from absorber.backbone import Backbone, eos_tokens, read_on, untouched
 from absorber.config import AbsorbConfig
 from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
-
-_TEMPERATURE = 0.7
 
 
 def generate_subsequent(
@@ -81,89 +80,156 @@ def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int
     Raises:
         DivergedError: If the model gives logits that are nan.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    # Where the model is: drawing from so many distributions on a CPU takes longer than running the model.
+    generator = torch.Generator(backbone.device).manual_seed(config.seed)
     num_tokens = config.anchor_tokens
     if backbone.max_positions is not None:
         num_tokens = min(num_tokens, backbone.max_positions - 1)  # the sink takes one
     sink_QT = torch.full((config.anchor_texts, 1), sink_id)
 
-    def draw(logits_QV: Tensor, place: int) -> Tensor:
+    def draw(logits_QV: Tensor) -> Tensor:
         return torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
 
     return _write(backbone, sink_QT, num_tokens, draw, sink_id=sink_id)
 
 
-@torch.no_grad()
-def write_about(
-    backbone: Backbone,
-    context_BN: Tensor,
-    prompts: Sequence[Sequence[int]],
-    num_tokens: int,
-    *,
-    sink_id: int,
-    seed: int,
-) -> Tensor:
-    """Let the base model, with a context in view, go on from each of some beginnings.
+class Asking(NamedTuple):
+    """How a question about a sentence is written: examples in the language's tokens."""
 
-    The texts are what a memory of the context should know to say: questions with answers, lists, summaries, rewordings,
-    whatever the beginnings ask for (self-study, as in Cartridges, arXiv 2506.06266).
+    examples: tuple[int, ...]
+    """Sentences, each with a question and its answer."""
+    question: tuple[int, ...]
+    """What stands before a question."""
+    answer: tuple[int, ...]
+    """What stands before its answer."""
+    blank: int
+    """An end of line, which fills up beginnings so that all are equally long."""
+    line_ends_V: Tensor
+    """For each token of the vocabulary, whether it ends a line."""
+
+
+_EXAMPLES = (
+    ("The river Tarn is 381 kilometres long.", "How long is the river Tarn?", "The river is 381 kilometres long."),
+    (
+        "In May old Mr. Grant sold his house to Peter Lowe.",
+        "Who bought the house of Mr. Grant?",
+        "The buyer was Peter Lowe.",
+    ),
+    (
+        "The letter for Anne had come from Vienna by the night train.",
+        "Where did the letter for Anne come from?",
+        "The letter came from Vienna.",
+    ),
+)
+
+
+def make_asking(tokenizer: Any, texts: Sequence[str], size: int) -> Asking:
+    """Make it in the tokens of a model.
+
+    Args:
+        tokenizer: Of the model.
+        texts: Each token of its vocabulary as text.
+        size: V; may be larger than the tokenizer's.
+    """
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    line_ends_V = torch.zeros(size, dtype=torch.bool)
+    line_ends_V[: len(texts)] = torch.tensor(["\n" in text for text in texts])
+    shown = "".join(f"{sentence}\nQuestion: {asks}\nAnswer: {says}\n\n" for sentence, asks, says in _EXAMPLES)
+    return Asking(ids(shown), ids("\nQuestion:"), ids("\nAnswer:"), ids("\n")[-1], line_ends_V)
+
+
+@torch.no_grad()
+def write_questions(
+    backbone: Backbone,
+    sentences: Sequence[Sequence[int]],
+    asking: Asking,
+    *,
+    question_tokens: int,
+    answer_tokens: int,
+    sink_id: int,
+) -> list[tuple[list[int], list[int]]]:
+    """Let the base model ask for what a sentence says, and answer with the sentence in view, greedily.
+
+    Self-study, as in Cartridges (arXiv 2506.06266), sentence by sentence: a small model asks of a sentence what it
+    says, and of a page whatever comes to its mind.
 
     Args:
         backbone: The model, with no adapter attached.
-        context_BN: X.
-        prompts: The beginnings, P of them.
-        num_tokens: Length of each text, its beginning included.
-        sink_id: What stands before the context.
-        seed: Of the sampling, at temperature 0.7; the noise is the same for all streams.
+        sentences: Token ids of each.
+        asking: Examples.
+        question_tokens: Of a question at most.
+        answer_tokens: Of an answer at most.
+        sink_id: What stands before a text.
 
     Returns:
-        Token ids [B, P * T], on the CPU.
+        Question and answer of each, as token ids; an answer that did not end in time is empty.
 
     Raises:
         DivergedError: If the model gives logits that are nan.
     """
-    num_streams, generator = context_BN.shape[0], torch.Generator().manual_seed(seed)
+    if not sentences:
+        return []
 
-    def draw(logits_RV: Tensor, place: int) -> Tensor:
-        logits_BPV = logits_RV.view(num_streams, len(prompts), -1)
-        noise_PV = -torch.empty(logits_BPV.shape[1:]).exponential_(generator=generator).log()
-        next_BP = (logits_BPV / _TEMPERATURE + noise_PV).argmax(dim=-1)  # Gumbel: a draw from the softmax
-        for index, prompt in enumerate(prompts):
-            if place < len(prompt):
-                next_BP[:, index] = prompt[place]
-        return next_BP.reshape(-1, 1)
+    def greedy(logits_RV: Tensor) -> Tensor:
+        return logits_RV.argmax(dim=-1, keepdim=True)
 
-    # Not the cache of one reading: those of recurrent models cannot be repeated.
-    prefix_RT = with_sink(sink_id, context_BN).repeat_interleave(len(prompts), dim=0)
-    return _write(backbone, prefix_RT, num_tokens, draw, sink_id=sink_id).reshape(num_streams, -1)
+    def go_on(beginnings: Sequence[Sequence[int]], num_tokens: int) -> list[tuple[list[int], bool]]:
+        """What follows each up to the end of its line, and whether that came in time."""
+        longest = max(map(len, beginnings))
+        rows = [[sink_id, *[asking.blank] * (longest - len(row)), *asking.examples, *row] for row in beginnings]
+        prefix_RT = torch.tensor(rows)
+        texts_RT = _write(backbone, prefix_RT, num_tokens, greedy, sink_id=sink_id, ends_V=asking.line_ends_V)
+        found = []
+        for text_T in texts_RT:
+            ends = asking.line_ends_V[text_T].nonzero().flatten().tolist()
+            found.append((text_T[: ends[0]].tolist() if ends else text_T.tolist(), bool(ends)))
+        return found
+
+    asked = [[*sentence, *asking.question] for sentence in sentences]
+    questions = [question for question, _ in go_on(asked, question_tokens)]
+    whole = [[*row, *question, *asking.answer] for row, question in zip(asked, questions, strict=True)]
+    answers = [answer if ended else [] for answer, ended in go_on(whole, answer_tokens)]
+    return list(zip(questions, answers, strict=True))
 
 
 def _write(
     backbone: Backbone,
     prefix_RT: Tensor,
     num_tokens: int,
-    draw: Callable[[Tensor, int], Tensor],
+    draw: Callable[[Tensor], Tensor],
     *,
     sink_id: int,
+    ends_V: Tensor | None = None,
 ) -> Tensor:
     """Go on from each prefix [R, ...]: token ids [R, T], on the CPU, without sink and ends of sequences.
 
-    `draw` takes logits [R, V] and the place of the token, and returns token ids [R, 1].
+    `draw` takes logits [R, V] and returns token ids [R, 1]. Once every text has one of the tokens `ends_V`, all are
+    done.
     """
     banned = sorted({sink_id} | eos_tokens(backbone.model))
     cache = DynamicCache(config=backbone.model.config)
-    texts_RT = given_RT = prefix_RT.cpu()
+    texts_RT = given_RT = prefix_RT.to(backbone.device)
+    ended_R1 = torch.zeros(len(prefix_RT), 1, dtype=torch.bool, device=backbone.device)
+    if ends_V is not None:
+        ends_V = ends_V.to(backbone.device)
     with untouched(backbone.model):
-        for place in range(num_tokens):
-            final_RTD, has_cache = read_on(backbone, given_RT.to(backbone.device), cache)
-            logits_RV = backbone.logits(final_RTD[:, -1]).float().cpu()
+        for _ in range(num_tokens):
+            final_RTD, has_cache = read_on(backbone, given_RT, cache)
+            logits_RV = backbone.logits(final_RTD[:, -1]).float()
             if logits_RV.isnan().any():
                 raise DivergedError(
                     "the model gives logits that are nan. Check the model's weights, or load it with dtype float32"
                 )
             logits_RV[:, banned] = -torch.inf
-            next_R1 = draw(logits_RV, place)
+            next_R1 = draw(logits_RV)
             texts_RT = torch.cat([texts_RT, next_R1], dim=1)
             # A model that keeps no key-value cache takes no notice of ours, and has to read all of the text again.
             given_RT = next_R1 if has_cache else texts_RT
-    return texts_RT[:, prefix_RT.shape[1] :]
+            if ends_V is not None:
+                ended_R1 |= ends_V[next_R1]
+                if ended_R1.all():
+                    break
+    return texts_RT[:, prefix_RT.shape[1] :].cpu()

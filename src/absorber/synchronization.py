@@ -32,6 +32,13 @@ class Target:
     """Final hidden states [B, T, D] whose log-probabilities are averaged with these weights: one entry for a plain
     teacher, two for a mixture."""
 
+    def to(self, device: torch.device | str) -> "Target":
+        """Copy to a device."""
+        return Target(
+            layers=tuple(layer.to(device) for layer in self.layers),
+            finals=tuple((share, final.to(device)) for share, final in self.finals),
+        )
+
 
 def hidden_distance(
     student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor], *, norm: str = "l1", normalized: bool = True

@@ -24,7 +24,7 @@ from absorber.bench.methods import Reader, Setting
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.errors import BenchmarkError
-from absorber.study import Guide, make_guide
+from absorber.notes import Guide, make_guide
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from absorber.bench.records import Record
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
 from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.gate import Rule, Signals, opens, signals
-from absorber.study import Guide, make_guide
+from absorber.notes import Guide, make_guide
 
 DRIFT_KINDS: tuple[Kind, ...] = ("books", "dialogues", "encyclopedia", "code")
 

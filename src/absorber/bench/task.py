@@ -20,7 +20,7 @@ from absorber.bench.data import Kind, Split
 from absorber.bench.methods import Method, Reader, Setting
 from absorber.bench.records import Record, gap_interval, mean_interval
 from absorber.config import StreamConfig
-from absorber.study import Guide
+from absorber.notes import Guide
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def lora_methods() -> dict[str, Method]:
     """The table of them."""
     default, paper = PRESETS["default"].absorb, PRESETS["paper"].absorb.replace(threshold=None)
     # The published baselines train on the round's own text alone.
-    plain = default.replace(segments=(1,), replay_rounds=0, anchor_share=0.0)
+    plain = default.replace(segments=(1,), replay_rounds=0, anchor_share=0.0, settling_rounds=None)
     next_token_alone = plain.replace(kl_weight=0.0, next_token_weight=1.0)
     distilled = plain.replace(hidden_weight=1.0, kl_weight=1.0, next_token_weight=0.0)
     return {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from absorber.backbone import Backbone
 from absorber.config import StreamConfig
-from absorber.study import Guide
+from absorber.notes import Guide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
