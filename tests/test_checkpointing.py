@@ -69,6 +69,18 @@ def test_a_round_is_the_same_and_leaves_nothing():
     assert all(module.training for module in backbone.model.modules())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_recorded_round_is_the_same():
+    backbone = inspect(build("llama").to("cuda"))
+    losses = []
+    for checkpointing in (False, True):
+        config = CONFIG.replace(checkpointing=checkpointing, cuda_graphs=True, max_steps=6, rollback="nonfinite")
+        adapter, texts = Adapter.fresh(backbone, config), (tokens(32, 0, 1).cuda(), tokens(48, 1, 1).cuda())
+        (result,) = absorb_context(backbone, adapter, *texts, config, sink_id=0)
+        losses.append(torch.tensor(result.losses))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
 def test_an_error_leaves_nothing_either():
     backbone = inspect(build("llama"))
     with pytest.raises(RuntimeError, match="stop"), checkpointed(backbone):

@@ -33,7 +33,7 @@ def learned(backbone, num_streams=1, seed=0):
 def change(adapter, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for up in adapter.up.values():
+        for up in adapter.up.values():  # drawn on the CPU, the same for every device
             up.copy_(0.05 * torch.randn(up.shape, generator=generator))
 
 
@@ -287,6 +287,31 @@ def test_a_session_writes_as_with_the_twin(model, tokenizer, config, text, monke
         with monkeypatch.context() as patch:
             patch.setattr(absorber.decoding, "usable", lambda backbone: False)
             assert run(temperature) == quick
+
+
+@on_gpu
+@pytest.mark.parametrize("place", [0, 63, 64, 1500, 4095])
+def test_the_kernel_at_full_size(place):
+    draw = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(8, 32, 128, generator=draw, device="cuda").bfloat16()
+    keys, values = (torch.randn(8, 8, 4096, 128, generator=draw, device="cuda").bfloat16() for _ in range(2))
+    at = torch.tensor([place], device="cuda")
+    expected = attend_one(query.float(), keys.float(), values.float(), at, 0.1)
+    close(kernels.attend_one(query, keys, values, at, 0.1).float(), expected, 2e-2)
+
+
+@on_gpu
+def test_recorded_rows_have_memories_of_their_own():
+    backbone = inspect(build("qwen2").to("cuda"))
+    adapter = learned(backbone, num_streams=3)
+    quick = StaticDecoder(backbone, read_tokens=8, capacity=64, adapter=adapter, num_rows=3)
+    quick.read_rows(tokens(12, rows=3))
+    written = quick.write_rows(20)
+    assert quick._graph is not None
+    for row in range(3):
+        slow = Decoder(backbone, read_tokens=8, adapter=adapter.stream(row))
+        slow.read(tokens(12, rows=3)[row].tolist())
+        assert written[row].tolist() == slow.write(20)
 
 
 @on_gpu

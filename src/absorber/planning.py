@@ -218,13 +218,14 @@ def absorb_ms(shape: Shape, preset: Preset, rates: Rates, *, num_streams: int = 
     """Estimate the time of a round, by token that it absorbs in each stream.
 
     Counted: K steps of two operations per weight and token forward and as many backward, and once more forward if
-    blocks are computed again; the teacher once per lesson. Study is not.
+    blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round.
+    Study is not.
     """
     config, stream = preset.absorb, preset.stream
     weights = shape.projection_weights + shape.hidden * shape.vocabulary
     passes = 3 if config.checkpointing else 2
-    lessons = 1 + min(config.replay_rounds, round(config.replay_share * config.max_steps)) + config.has_anchors
-    tokens = config.max_steps * passes * stream.sync_tokens + lessons * stream.window_tokens + stream.sync_tokens
+    taught = 1 + (config.replay_share * config.replay_rounds > 0) + config.has_anchors
+    tokens = config.max_steps * passes * stream.sync_tokens + taught * stream.window_tokens + stream.sync_tokens
     seconds = 2 * weights * tokens * num_streams / (STEP_EFFICIENCY * rates.flops)
     return 1000 * seconds / stream.context_tokens
 

@@ -332,10 +332,13 @@ class Desk:
             return self.round("always")
         task, config = self._task, self.absorb_config(checkpointing=checkpointing == "always")
         n, m = task.context_tokens, task.sync_tokens
-        past = [Past(self.tokens(n), self.tokens(m)) for _ in range(config.replay_rounds)]
+        past = [Past(self.tokens(n).cpu(), self.tokens(m).cpu()) for _ in range(config.replay_rounds)]
         anchors = self.tokens(config.anchor_tokens, rows=config.anchor_texts) if config.has_anchors else None
 
         def work() -> None:
+            # What the teacher said of earlier rounds is kept; in a long stream it reads about one of them anew.
+            for kept in [kept for kept in past if kept.target is not None][:1]:
+                kept.target = None
             absorb_context(
                 self._backbone,
                 self.adapter,
