@@ -289,6 +289,23 @@ def test_a_session_writes_as_with_the_twin(model, tokenizer, config, text, monke
             assert run(temperature) == quick
 
 
+def test_a_closed_gate_lets_the_base_answer(model, tokenizer, config, text, monkeypatch):
+    monkeypatch.setattr(Session, "_memory_helps", lambda self, question, rule: False)
+
+    def run():
+        with Session(model, tokenizer, config, STREAM) as session:
+            session.append(text)
+            answers = [session.ask("who?") for _ in range(2)]
+            change(session.memory.adapter, seed=3)
+            assert session.ask("who?") == answers[0] == answers[1]
+            session.append(text)
+            return [*answers, session.ask("who?")]
+
+    quick = run()
+    monkeypatch.setattr(absorber.decoding, "usable", lambda backbone: False)
+    assert run() == quick
+
+
 @on_gpu
 @pytest.mark.parametrize("place", [0, 63, 64, 1500, 4095])
 def test_the_kernel_at_full_size(place):

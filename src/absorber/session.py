@@ -16,7 +16,7 @@ import torch
 from absorber import saved_session
 from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
-from absorber.decoding import StaticDecoder, new_decoder
+from absorber.decoding import StaticDecoder, Way, new_decoder
 from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
 from absorber.gate import Rule, Signals, opens, signals
 from absorber.generation import Decoder, choose_token
@@ -109,13 +109,12 @@ class Session:
         self._eos_ids = eos_tokens(model, tokenizer)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._sources: dict[str, int] = {}
+        way: Way = "merged" if merged else "beside"
+        room = 1 + stream.window_tokens + stream.max_new_tokens
         self._decoder = new_decoder(
-            self._backbone,
-            read_tokens=stream.read_tokens,
-            capacity=1 + stream.window_tokens + stream.max_new_tokens,
-            adapter=memory.adapter,
-            way="merged" if merged else "beside",
+            self._backbone, read_tokens=stream.read_tokens, capacity=room, adapter=memory.adapter, way=way
         )
+        self._bare = new_decoder(self._backbone, read_tokens=stream.read_tokens, capacity=room)
         self._stream = Stream(
             self._backbone,
             memory.adapter,
@@ -135,6 +134,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._decoder.release()
+        self._bare.release()
 
     # --- State
 
@@ -151,7 +151,7 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values held."""
-        return self._decoder.cache_bytes
+        return self._decoder.cache_bytes + self._bare.cache_bytes
 
     def source_tokens(self, name: str) -> int:
         """How many tokens of a named source were read (see `read`)."""
@@ -259,7 +259,7 @@ class Session:
         turn = self._tokenize(as_turn(self.tokenizer, question))
         rule = gate or self.memory.stream.gate
         with_memory = self._memory_helps(turn, rule)
-        decoder = self._at_window() if with_memory else self._fresh_at_window()
+        decoder = self._at_window(with_memory=with_memory)
         with decoder.aside():
             decoder.read(turn)
             written: list[int] = []
@@ -344,15 +344,10 @@ class Session:
         """Sink and window."""
         return ([self.memory.sink_id] if self.memory.config.sink == "shared" else []) + self.window_ids
 
-    def _at_window(self) -> Decoder | StaticDecoder:
-        """The decoder, having read the sink and the whole window."""
-        self._decoder.read_all(self._prefix())
-        return self._decoder
-
-    def _fresh_at_window(self) -> Decoder:
-        """A decoder without memory, having read the same."""
-        decoder = Decoder(self._backbone, read_tokens=self.memory.stream.read_tokens)
-        decoder.read(self._prefix())
+    def _at_window(self, *, with_memory: bool = True) -> Decoder | StaticDecoder:
+        """The decoder that speaks with the memory, or that without, having read the sink and the whole window."""
+        decoder = self._decoder if with_memory else self._bare
+        decoder.read_all(self._prefix())
         return decoder
 
     def _memory_helps(self, question_ids: list[int], rule: Rule) -> bool:
