@@ -38,6 +38,7 @@ BAD_ABSORB = {
     "target_modules": NAMES,
     "adapted_layers": LAYERS,
     "cuda_graphs": FLAG,
+    "checkpointing": FLAG,
     "adapter_dtype": CHOICE,
     "hidden_weight": WEIGHT,
     "kl_weight": WEIGHT,

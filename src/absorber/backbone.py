@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -218,6 +219,30 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def checkpointed(backbone: Backbone, *, active: bool = True) -> Iterator[None]:
+    """Let a pass inside the `with` block keep no more of a block than its input (arXiv 1604.06174).
+
+    The backward pass, which may come later, runs the block again; what is attached to its projections must be attached
+    then as well.
+
+    Args:
+        backbone: The model; nothing of this is left on it.
+        active: If not, nothing is done.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    blocks: list[Any] = list(backbone.blocks) if active else []
+    try:
+        for block in blocks:
+            # No dropout is at work, and a graph being recorded cannot look at the state of the random numbers.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
 @dataclass(frozen=True, slots=True)
 class States:
     """Hidden states at some positions."""
@@ -297,10 +322,14 @@ def read_on(backbone: Backbone, input_ids_BT: Tensor, cache: Any) -> tuple[Tenso
     Returns:
         Final hidden states [B, T, D], and whether the model keeps such a cache at all.
     """
-    # What transformers called past_key_values is cache from 5.24 on.
-    name = "cache" if "cache" in signature(backbone.decoder.forward).parameters else "past_key_values"
+    name = cache_argument(backbone)
     output = backbone.decoder(input_ids=input_ids_BT, use_cache=True, **{name: cache})
     return output.last_hidden_state, getattr(output, name, None) is not None
+
+
+def cache_argument(backbone: Backbone) -> str:
+    """What transformers called past_key_values is cache from 5.24 on."""
+    return "cache" if "cache" in signature(backbone.decoder.forward).parameters else "past_key_values"
 
 
 def with_sink(sink_id: int | None, *parts: Tensor) -> Tensor:

@@ -93,16 +93,20 @@ class StepGraphs:
 _graphs_of: "weakref.WeakKeyDictionary[Adapter, StepGraphs]" = weakref.WeakKeyDictionary()
 
 
-def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
-    """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
+def is_plain(backbone: Backbone) -> bool:
+    """Whether the model does nothing but causal attention over everything, and feed-forward."""
     config = backbone.model.config
     windows = [getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or [])]
-    if (
-        backbone.device.type != "cuda"
-        or config.model_type not in _RECORDABLE
-        or config._attn_implementation != "sdpa"
-        or any(window not in (None, "full_attention") for window in windows)
-    ):
+    return (
+        config.model_type in _RECORDABLE
+        and config._attn_implementation == "sdpa"
+        and all(window in (None, "full_attention") for window in windows)
+    )
+
+
+def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
+    """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
+    if backbone.device.type != "cuda" or not is_plain(backbone):
         return None
     return _graphs_of.setdefault(adapter, StepGraphs())
 

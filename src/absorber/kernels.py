@@ -2,10 +2,13 @@
 
     weighted_losses   twin: synchronization.weighted_losses     reads the logits twice and writes their slope once
     outer_products    twin: adapter's p.mT @ q in float32       LoRA gradients of many streams at once
+    attend_one        twin: one_token.attend_one                one query per row over as much of a cache as is filled
+    rotate_one        twin: the model's apply_rotary_pos_emb    rotary positions of one token
 
 Without Triton or without CUDA `usable` says no, and the twins run.
 
-Shapes: N positions, V vocabulary; B streams, T tokens, P and Q features.
+Shapes: N positions, V vocabulary; B streams, T tokens, P and Q features; H heads of queries, K of keys, C places in
+the cache, E features of a head.
 """
 
 from typing import Any
@@ -18,6 +21,15 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+
+_KEYS = 64
+"""Keys that one program of `attend_one` reads."""
+
+
+def usable_on(kind: str) -> bool:
+    """Whether the kernels can run on this kind of device."""
+    return triton is not None and kind == "cuda"
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -95,7 +107,142 @@ def outer_products(p_BTP: Tensor, q_BTQ: Tensor) -> Tensor:
     return out_BPQ
 
 
+def attend_one(query_BHE: Tensor, keys_BKCE: Tensor, values_BKCE: Tensor, place_1: Tensor, scale: float) -> Tensor:
+    """Attend with one query per row to the places 0 .. p of a cache of fixed size, of which the rest is not read.
+
+    The keys are cut into pieces that are read side by side (Flash-Decoding, Dao et al., 2023): with one row there are
+    fewer heads than the device has processors.
+
+    Args:
+        query_BHE: E is a power of two.
+        keys_BKCE: Contiguous; query head h reads key head h * K // H.
+        values_BKCE: The same.
+        place_1: p, on the device, so that a recorded graph serves every place.
+        scale: Of the scores.
+
+    Returns:
+        [B, H, E], in the type of the query.
+    """
+    rows, heads, features = query_BHE.shape
+    _, key_heads, capacity, _ = keys_BKCE.shape
+    num_pieces = triton.cdiv(capacity, _KEYS)
+    out_BHE = torch.empty(rows, heads, features, device=query_BHE.device, dtype=query_BHE.dtype)
+    parts = torch.empty(rows * heads, num_pieces, features, device=query_BHE.device)
+    peaks, sums = (torch.empty(rows * heads, num_pieces, device=query_BHE.device) for _ in range(2))
+    _attend_piece[(rows * key_heads, num_pieces)](
+        query_BHE.contiguous(), keys_BKCE, values_BKCE, place_1, parts, peaks, sums, scale, capacity, num_pieces,
+        GROUPS=heads // key_heads, FEATURES=features, KEYS=_KEYS, num_warps=4,
+    )  # fmt: skip
+    _attend_join[(rows * heads,)](
+        parts, peaks, sums, place_1, out_BHE, num_pieces, FEATURES=features, KEYS=_KEYS, PIECES=32, num_warps=4
+    )
+    return out_BHE
+
+
+def rotate_one(query_BH1E: Tensor, key_BK1E: Tensor, cos_11E: Tensor, sin_11E: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the queries and keys of one token by its place (arXiv 2104.09864), as the Llama family pairs features.
+
+    Args:
+        query_BH1E: E is even.
+        key_BK1E: The same with fewer heads.
+        cos_11E: Of the angles; all rows stand at the same place.
+        sin_11E: The same.
+
+    Returns:
+        Both, contiguous.
+    """
+    rows, heads, _, features = query_BH1E.shape
+    key_heads = key_BK1E.shape[1]
+    query, key = torch.empty_like(query_BH1E).contiguous(), torch.empty_like(key_BK1E).contiguous()
+    _rotate_one[(rows, heads + key_heads)](
+        query_BH1E.contiguous(), key_BK1E.contiguous(), cos_11E.contiguous(), sin_11E.contiguous(), query, key,
+        heads, key_heads, HALF=features // 2, BLOCK=triton.next_power_of_2(features // 2), num_warps=1,
+    )  # fmt: skip
+    return query, key
+
+
 if triton is not None:
+
+    @triton.jit
+    def _rotate_one(
+        query, key, cos, sin, query_out, key_out, heads, key_heads, HALF: tl.constexpr, BLOCK: tl.constexpr
+    ) -> Any:
+        """One program per row and head, of queries first; what is not of its kind is masked."""
+        row = tl.program_id(0)
+        head = tl.program_id(1)
+        low = tl.arange(0, BLOCK)
+        high = low + HALF
+        there = low < HALF
+        of_query = there & (head + 0 * low < heads)
+        of_key = there & (head + 0 * low >= heads)
+        query_at = (row * heads + head) * 2 * HALF
+        key_at = (row * key_heads + head - heads) * 2 * HALF
+        x = tl.load(query + query_at + low, mask=of_query, other=0.0).to(tl.float32)
+        y = tl.load(query + query_at + high, mask=of_query, other=0.0).to(tl.float32)
+        x += tl.load(key + key_at + low, mask=of_key, other=0.0).to(tl.float32)
+        y += tl.load(key + key_at + high, mask=of_key, other=0.0).to(tl.float32)
+        cos_low = tl.load(cos + low, mask=there, other=0.0).to(tl.float32)
+        cos_high = tl.load(cos + high, mask=there, other=0.0).to(tl.float32)
+        sin_low = tl.load(sin + low, mask=there, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin + high, mask=there, other=0.0).to(tl.float32)
+        left = (x * cos_low - y * sin_low).to(query_out.dtype.element_ty)
+        right = (y * cos_high + x * sin_high).to(query_out.dtype.element_ty)
+        tl.store(query_out + query_at + low, left, mask=of_query)
+        tl.store(query_out + query_at + high, right, mask=of_query)
+        tl.store(key_out + key_at + low, left, mask=of_key)
+        tl.store(key_out + key_at + high, right, mask=of_key)
+
+    @triton.jit
+    def _attend_piece(
+        query, keys, values, place, parts, peaks, sums, scale, capacity, num_pieces,
+        GROUPS: tl.constexpr, FEATURES: tl.constexpr, KEYS: tl.constexpr,
+    ) -> Any:  # fmt: skip
+        """One program per key head and piece: an attention of its own, with its peak and the sum below it."""
+        head = tl.program_id(0).to(tl.int64)
+        piece = tl.program_id(1)
+        last = tl.load(place)
+        feature = tl.arange(0, FEATURES)
+        key = piece * KEYS + tl.arange(0, KEYS)
+        there = (key <= last) & (key < capacity)
+        if piece * KEYS <= last:
+            where = head * capacity * FEATURES + key[:, None].to(tl.int64) * FEATURES + feature[None, :]
+            k = tl.load(keys + where, mask=there[:, None], other=0.0).to(tl.float32)
+            v = tl.load(values + where, mask=there[:, None], other=0.0).to(tl.float32)
+            for group in tl.static_range(GROUPS):
+                row = head * GROUPS + group
+                q = tl.load(query + row * FEATURES + feature).to(tl.float32) * scale
+                scores = tl.where(there, tl.sum(k * q[None, :], 1), -1e30)
+                peak = tl.max(scores, 0)
+                weights = tl.where(there, tl.exp(scores - peak), 0.0)
+                slot = row * num_pieces + piece
+                tl.store(peaks + slot, peak)
+                tl.store(sums + slot, tl.sum(weights, 0))
+                tl.store(parts + slot * FEATURES + feature, tl.sum(weights[:, None] * v, 0))
+
+    @triton.jit
+    def _attend_join(
+        parts, peaks, sums, place, out, num_pieces, FEATURES: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr
+    ) -> Any:  # fmt: skip
+        """One program per query head: the pieces weighed by what their peaks and sums say."""
+        row = tl.program_id(0).to(tl.int64)
+        filled = tl.minimum(tl.load(place).to(tl.int32) // KEYS + 1, num_pieces)  # what lies beyond was never written
+        feature = tl.arange(0, FEATURES)
+        peak = -1e30
+        total = 0.0
+        sum_E = tl.zeros((FEATURES,), tl.float32)
+        for start in range(0, filled, PIECES):
+            piece = start + tl.arange(0, PIECES)
+            there = piece < filled
+            slot = row * num_pieces + piece
+            own = tl.load(peaks + slot, mask=there, other=-1e30)
+            higher = tl.maximum(peak, tl.max(own, 0))
+            weights = tl.where(there, tl.exp(own - higher), 0.0)
+            part = tl.load(parts + slot[:, None] * FEATURES + feature[None, :], mask=there[:, None], other=0.0)
+            before = tl.exp(peak - higher)
+            sum_E = sum_E * before + tl.sum(weights[:, None] * part, 0)
+            total = total * before + tl.sum(weights * tl.load(sums + slot, mask=there, other=0.0), 0)
+            peak = higher
+        tl.store(out + row * FEATURES + feature, (sum_E / total).to(out.dtype.element_ty))
 
     @triton.jit
     def _weighted_losses(

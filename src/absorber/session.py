@@ -16,6 +16,7 @@ import torch
 from absorber import saved_session
 from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
+from absorber.decoding import StaticDecoder, Way, new_decoder
 from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
 from absorber.gate import Rule, Signals, opens, signals
 from absorber.generation import Decoder, choose_token
@@ -67,6 +68,7 @@ class Session:
         *,
         memory: Memory | None = None,
         progress: OnProgress | None = None,
+        merged: bool = False,
     ) -> None:
         """Begin with an empty window.
 
@@ -77,6 +79,8 @@ class Session:
             stream: Window sizes and generation; that of the memory, if one is given, or the default.
             memory: A memory to go on from; it is changed in place.
             progress: Called before each step and after each round.
+            merged: Speak with weights that hold base and memory, where the model allows it (docs/performance.md):
+                tokens come sooner, and the projections are in memory twice.
 
         Raises:
             ModelError: If the model cannot be used.
@@ -105,7 +109,12 @@ class Session:
         self._eos_ids = eos_tokens(model, tokenizer)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._sources: dict[str, int] = {}
-        self._decoder = Decoder(self._backbone, read_tokens=stream.read_tokens)
+        way: Way = "merged" if merged else "beside"
+        room = 1 + stream.window_tokens + stream.max_new_tokens
+        self._decoder = new_decoder(
+            self._backbone, read_tokens=stream.read_tokens, capacity=room, adapter=memory.adapter, way=way
+        )
+        self._bare = new_decoder(self._backbone, read_tokens=stream.read_tokens, capacity=room)
         self._stream = Stream(
             self._backbone,
             memory.adapter,
@@ -124,7 +133,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._decoder.reset()
+        self._decoder.release()
+        self._bare.release()
 
     # --- State
 
@@ -141,7 +151,7 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values held."""
-        return self._decoder.cache_bytes
+        return self._decoder.cache_bytes + self._bare.cache_bytes
 
     def source_tokens(self, name: str) -> int:
         """How many tokens of a named source were read (see `read`)."""
@@ -173,8 +183,7 @@ class Session:
 
     def read_window(self) -> None:
         """Fill the cache with the window now, so that the next answer begins at once."""
-        with self._speaking():
-            self._at_window()
+        self._at_window()
 
     def read(self, name: str, parts: Iterable[str]) -> int:
         """Read a source from where this session stopped in it; a source read to its end adds nothing.
@@ -250,19 +259,18 @@ class Session:
         turn = self._tokenize(as_turn(self.tokenizer, question))
         rule = gate or self.memory.stream.gate
         with_memory = self._memory_helps(turn, rule)
-        with self._speaking(with_memory=with_memory):
-            decoder = self._at_window().fork() if with_memory else self._fresh_at_window()
+        decoder = self._at_window(with_memory=with_memory)
+        with decoder.aside():
             decoder.read(turn)
-        written: list[int] = []
-        while len(written) < settings.max_new_tokens:
-            token = choose_token(
-                decoder.logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=generator
-            )
-            if token in self._eos_ids:
-                break
-            written.append(token)
-            with self._speaking(with_memory=with_memory):
-                decoder.read([token])
+            written: list[int] = []
+            while len(written) < settings.max_new_tokens:
+                fresh = _write(decoder, settings, generator, at_most=settings.max_new_tokens - len(written))
+                ended = next((at for at, token in enumerate(fresh) if token in self._eos_ids), None)
+                written += fresh[:ended]
+                if ended is not None:
+                    break
+                if settings.temperature:
+                    decoder.read(fresh)
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
     def generate(
@@ -295,15 +303,7 @@ class Session:
         self.append_ids(self._tokenize(turn))  # after what an interruption left pending
         written: list[int] = []
         shown = ""
-        while len(written) < settings.max_new_tokens:
-            with self._speaking():
-                logits_V = self._at_window().logits_V
-            token = choose_token(
-                logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=self._generator
-            )
-            self.append_ids([token])
-            if token in self._eos_ids:
-                break
+        for token in self._continue(settings):
             written.append(token)
             text = str(self.tokenizer.decode(written, skip_special_tokens=True))
             if not text.endswith("�"):  # the first bytes of a character that is not complete
@@ -312,6 +312,22 @@ class Session:
         rest = str(self.tokenizer.decode(written, skip_special_tokens=True))[len(shown) :]
         if rest:
             yield rest
+
+    def _continue(self, settings: StreamConfig) -> Iterator[int]:
+        """Tokens that follow the window, each appended before it is told; an end-of-sequence token is not told."""
+        count = 0
+        while count < settings.max_new_tokens:
+            room = self.memory.stream.window_tokens - self._stream.window_BT.shape[1]  # then a round follows
+            at_most = min(settings.max_new_tokens - count, room, count or 1)
+            for token in _write(self._at_window(), settings, self._generator, at_most=at_most):
+                self.append_ids([token])
+                if token in self._eos_ids:
+                    return
+                count += 1
+                place = self.num_tokens
+                yield token
+                if self.num_tokens != place:
+                    break  # the caller appended something; what was written ahead does not follow it
 
     def _sampling(self, max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> StreamConfig:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -328,15 +344,10 @@ class Session:
         """Sink and window."""
         return ([self.memory.sink_id] if self.memory.config.sink == "shared" else []) + self.window_ids
 
-    def _at_window(self) -> Decoder:
-        """The decoder, having read the sink and the whole window."""
-        self._decoder.read(self._prefix()[self._decoder.num_tokens :])
-        return self._decoder
-
-    def _fresh_at_window(self) -> Decoder:
-        """Another decoder, having read the same."""
-        decoder = Decoder(self._backbone, read_tokens=self.memory.stream.read_tokens)
-        decoder.read(self._prefix())
+    def _at_window(self, *, with_memory: bool = True) -> Decoder | StaticDecoder:
+        """The decoder that speaks with the memory, or that without, having read the sink and the whole window."""
+        decoder = self._decoder if with_memory else self._bare
+        decoder.read_all(self._prefix())
         return decoder
 
     def _memory_helps(self, question_ids: list[int], rule: Rule) -> bool:
@@ -418,8 +429,9 @@ class Session:
         tokenizer: Any,
         *,
         progress: OnProgress | None = None,
+        merged: bool = False,
     ) -> "Session":
-        """Go on from a folder that `save` wrote.
+        """Go on from a folder that `save` wrote; progress and merged are as in a new session.
 
         Raises:
             SessionNotFoundError: If there is no session.
@@ -427,7 +439,7 @@ class Session:
             MemoryMismatchError: If it is of another model.
         """
         saved = saved_session.read(folder, model)
-        session = cls(model, tokenizer, memory=saved.memory, progress=progress)
+        session = cls(model, tokenizer, memory=saved.memory, progress=progress, merged=merged)
         stream = session._stream
         try:
             if len(saved.window_ids) > saved.memory.stream.window_tokens:
@@ -450,6 +462,15 @@ class Session:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{folder} is damaged: {error}. Restore a copy, or start anew") from error
         return session
+
+
+def _write(
+    decoder: Decoder | StaticDecoder, settings: StreamConfig, generator: torch.Generator, *, at_most: int
+) -> list[int]:
+    """The next token, not yet read, or if it is always the likeliest some of them, which are."""
+    if settings.temperature == 0:
+        return decoder.write(min(at_most, decoder.ahead))
+    return [choose_token(decoder.logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=generator)]
 
 
 def _check_moments(moments: Moments, weights: Sequence[torch.Tensor]) -> None:

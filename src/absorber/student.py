@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from absorber.adapter import Adapter, Snapshot, mean_update
-from absorber.backbone import Backbone, forward_states, with_sink
+from absorber.backbone import Backbone, checkpointed, forward_states, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError
 from absorber.graphs import graphs_of, without_masks
@@ -57,13 +57,14 @@ def synchronization_loss(
         if first:  # the sink stays at 0, in teacher and student
             ids_ST = torch.cat([torch.zeros_like(ids_ST[:, :1]), ids_ST], dim=1)
         position_ids_BT = ids_ST.repeat(num_streams, 1)
-    student = forward_states(
-        backbone,
-        input_ids_BT,
-        first=first,
-        layers=hidden_layers(backbone, config),
-        position_ids_BT=position_ids_BT,
-    ).rejoined(num_streams)
+    with checkpointed(backbone, active=config.checkpointing and torch.is_grad_enabled()):
+        student = forward_states(
+            backbone,
+            input_ids_BT,
+            first=first,
+            layers=hidden_layers(backbone, config),
+            position_ids_BT=position_ids_BT,
+        ).rejoined(num_streams)
     loss_B = torch.zeros(num_streams, device=student.final_BTD.device)
     if config.hidden_weight:
         loss_B = loss_B + config.hidden_weight * hidden_distance(

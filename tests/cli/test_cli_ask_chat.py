@@ -97,18 +97,18 @@ def test_chat_begins_with_a_memory(cli, memory, tmp_path):
 
 
 def test_interrupt_stops_the_answer_and_not_the_conversation(cli, brief, monkeypatch):
-    from absorber import generation
+    from absorber import decoding
 
-    original = generation.Decoder.read
+    original = decoding.StaticDecoder._go_on
     calls = []
 
-    def read(decoder, token_ids):
+    def go_on(decoder):
         calls.append(1)
-        original(decoder, token_ids)
+        original(decoder)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation.Decoder, "read", read)
+    monkeypatch.setattr(decoding.StaticDecoder, "_go_on", go_on)
     result = cli("chat", *brief, "--json", stdin=b"Hello\nAgain\n")
     assert result.code == 0
     assert [reply["stopped"] for reply in result.of("reply")] == [True, False]

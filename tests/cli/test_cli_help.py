@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from absorber.cli import absorb, app, ask, chat, doctor, stream
+from absorber.cli import absorb, app, ask, chat, doctor, plan, stream
 from absorber.cli.options import Settings
 from absorber.version import __version__
 
-COMMANDS = {"absorb": absorb, "ask": ask, "stream": stream, "chat": chat, "doctor": doctor}
+COMMANDS = {"absorb": absorb, "ask": ask, "stream": stream, "chat": chat, "doctor": doctor, "plan": plan}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -28,7 +28,7 @@ def test_version(cli):
     assert cli("--version").out.strip() == __version__
 
 
-@pytest.mark.parametrize("command", [(), ("absorb",), ("ask",), ("stream",), ("chat",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("absorb",), ("ask",), ("stream",), ("chat",), ("doctor",), ("plan",)])
 def test_help_imports_no_torch(command):
     script = (
         "import sys\nfrom absorber.cli import run\n"

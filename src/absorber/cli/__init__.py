@@ -14,6 +14,7 @@ from absorber.cli.ask import ask
 from absorber.cli.chat import chat
 from absorber.cli.console import Output
 from absorber.cli.doctor import doctor
+from absorber.cli.plan import plan
 from absorber.cli.stream import stream
 from absorber.errors import AbsorberError
 from absorber.version import __version__
@@ -29,7 +30,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(allow_repeating=True),  # the last counts, for scripts that add flags
 )
-for _command in (absorb, ask, stream, chat, doctor):
+for _command in (absorb, ask, stream, chat, doctor, plan):
     app.command(_command)
 app.command("absorber.cli.bench:app", name="bench", help="Measure methods against each other.")
 app.command("absorber.cli.demo:demo", name="demo", help="Absorb a book that comes with Absorber, and measure it.")

@@ -8,6 +8,7 @@ from cyclopts import App
 from absorber.cli.bench_ablation import ablation, show_ablation
 from absorber.cli.bench_recall import recall, show_recall
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
+from absorber.cli.bench_speed import cost, latency, show_speed
 from absorber.cli.console import Output
 from absorber.cli.options import JsonFlag, ModelFlag
 from absorber.errors import BenchmarkError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 app = App(name="bench", help="Measure methods against each other.")
 app.command(ablation)
 app.command(recall)
+app.command(latency)
+app.command(cost)
 
 
 @app.command
@@ -92,6 +95,7 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
     _show(report, found)
     show_recall(report, found)
     show_ablation(report, found)
+    show_speed(report, found)
     return 0
 
 

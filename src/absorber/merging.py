@@ -1,0 +1,52 @@
+"""A memory in the form in which it is applied soonest: in the base model's type, or in weights that hold both.
+
+Neither touches the base model.
+"""
+
+import torch
+from torch import Tensor
+
+from absorber.adapter import Adapter
+from absorber.backbone import Backbone
+
+
+def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """A copy in the type in which its products run anyway, so that no step has to convert it."""
+    down, up = (
+        {name: w.detach().to(dtype, copy=True) for name, w in part.items()} for part in (adapter.down, adapter.up)
+    )
+    return Adapter(down, up, alpha=adapter.alpha, layout=adapter.layout)
+
+
+@torch.no_grad()
+def merge(backbone: Backbone, adapter: Adapter, merged: dict[str, Tensor]) -> None:
+    """Bring weights W + s B A up to date, which stand beside those of the base model and leave them alone.
+
+    In bfloat16 most of a memory's changes are smaller than half the distance of a weight to the next number, and
+    rounding to the nearest would take them away; so a weight is rounded up as often as it is near the upper one.
+
+    Args:
+        backbone: The model.
+        adapter: Of one stream.
+        merged: By the weight's name inside the decoder; written in place, or filled if it is empty.
+    """
+    prefix = next(name for name, module in backbone.model.named_modules() if module is backbone.decoder) + "."
+    generator = torch.Generator(backbone.device).manual_seed(0)
+    for name in adapter.down:
+        weight: Tensor = backbone.projections[name].weight  # type: ignore[assignment]
+        change = (adapter.up[name][0].float() * adapter.scale) @ adapter.down[name][0].float()
+        rounded = _rounded(weight.float() + change, weight.dtype, generator)
+        key = f"{name.removeprefix(prefix)}.weight"
+        if key in merged:
+            merged[key].copy_(rounded)
+        else:
+            merged[key] = rounded
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round float32 to another type; to bfloat16 at random, right in the mean."""
+    if dtype != torch.bfloat16:
+        return exact.to(dtype)
+    noise = torch.randint(0, 2**16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
+    # The upper half of a float32 is a bfloat16; what is added to the lower half carries as often as it should.
+    return exact.view(torch.int32).add_(noise).bitwise_and_(-(2**16)).view(torch.float32).to(dtype)

@@ -1,0 +1,111 @@
+"""Quicker parts for a pass over one token per row, inside a `with` block; the model's own modules go on using them.
+
+A block of a Llama runs about thirty kernels over a single token beside its seven products, most of them in two norms
+and in turning queries and keys by their place. Each takes longer to start than to compute, also in a CUDA graph.
+
+Shapes: B rows, H heads of queries, K of keys, C places in the cache, E features of a head.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from absorber import kernels
+from absorber.backbone import Backbone
+
+_ATTENTION = "absorber_one_token"
+_ROTATE = "apply_rotary_pos_emb"
+
+
+@contextlib.contextmanager
+def one_token(backbone: Backbone, place_1: Tensor) -> Iterator[None]:
+    """Let the model read one token per row, whose keys and values are in a cache of fixed size.
+
+    Args:
+        backbone: A model that is `graphs.is_plain`.
+        place_1: Where the token stands; what is behind it in the cache is not attended to.
+    """
+    with _attention(backbone, place_1), _norms(backbone), _rotation(backbone):
+        yield
+
+
+@contextlib.contextmanager
+def _attention(backbone: Backbone, place_1: Tensor) -> Iterator[None]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **more: Any
+    ) -> tuple[Tensor, None]:
+        features = query.shape[-1]
+        quick = kernels.usable(query) and features & (features - 1) == 0
+        attend = kernels.attend_one if quick else attend_one
+        return attend(query[:, :, 0], key, value, place_1, scaling)[:, None], None
+
+    AttentionInterface.register(_ATTENTION, attention)
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+    config = backbone.model.config
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attend_one(query_BHE: Tensor, keys_BKCE: Tensor, values_BKCE: Tensor, place_1: Tensor, scale: float) -> Tensor:
+    """Attend with one query per row to the places 0 .. p of a cache; the plain twin of `kernels.attend_one`."""
+    heads, key_heads = query_BHE.shape[1], keys_BKCE.shape[1]
+    query_BKGE = query_BHE.reshape(query_BHE.shape[0], key_heads, heads // key_heads, -1)
+    seen_C = torch.arange(keys_BKCE.shape[2], device=keys_BKCE.device) <= place_1
+    out_BKGE = nn.functional.scaled_dot_product_attention(
+        query_BKGE, keys_BKCE, values_BKCE, attn_mask=seen_C[None, None, None], scale=scale
+    )
+    return out_BKGE.flatten(1, 2)
+
+
+@contextlib.contextmanager
+def _norms(backbone: Backbone) -> Iterator[None]:
+    """Norms in one kernel instead of seven; in bfloat16 they round once instead of twice."""
+
+    def quick(norm: Any) -> Callable[[Tensor], Tensor]:
+        def forward(hidden: Tensor) -> Tensor:
+            return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+        return forward
+
+    norms: list[Any] = [
+        module
+        for module in backbone.decoder.modules()
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    ]
+    try:
+        for norm in norms:
+            norm.forward = quick(norm)
+        yield
+    finally:
+        for norm in norms:
+            vars(norm).pop("forward", None)
+
+
+@contextlib.contextmanager
+def _rotation(backbone: Backbone) -> Iterator[None]:
+    """The model's file turns queries and keys with one kernel where they are of one token, and as before elsewhere."""
+    place: Any = sys.modules[type(backbone.blocks[0]).__module__]
+    usual = getattr(place, _ROTATE, None)
+    if usual is None:
+        yield
+        return
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **more: Any) -> Any:
+        if query.shape[2] == 1 and cos.shape[0] == 1 and kernels.usable(query) and not args and not more:
+            return kernels.rotate_one(query, key, cos, sin)
+        return usual(query, key, cos, sin, *args, **more)
+
+    try:
+        setattr(place, _ROTATE, rotate)
+        yield
+    finally:
+        setattr(place, _ROTATE, usual)

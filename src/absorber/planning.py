@@ -1,0 +1,311 @@
+"""What absorbing takes of a device, from a model's configuration alone, and which settings fit.
+
+Bytes are counted: weights, adapter, optimizer and cache exactly; activations by the tensors that a block of the Llama
+family keeps, and roughly for others. Time is estimated from the device's rates. What the allocator loses, and what
+other programs hold, is not in it.
+
+Shapes: B streams; n, m, K as in `StreamConfig` and `AbsorbConfig`.
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from absorber import kernels
+from absorber.backbone import inspect, num_features
+from absorber.config import AbsorbConfig, Preset, StreamConfig
+from absorber.errors import ConfigError, ModelError
+from absorber.synchronization import LOGITS_AT_ONCE
+
+Quantization = Literal["none", "8bit", "4bit"]
+
+SPARE = 0.9
+"""Share of a device's memory that a plan uses; the allocator loses some of the rest."""
+STEP_EFFICIENCY = 0.4
+"""Share of its matmul rate that a device is assumed to reach in a step; not measured."""
+READ_EFFICIENCY = 0.75
+"""Share of its bandwidth that it is assumed to reach when it writes a token; not measured."""
+
+# Bytes of a projection's weight; 4bit has a float32 for each 64 of them (bitsandbytes).
+_QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+_MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1}
+
+# What is given up for the sake of memory or time, and how reluctantly: a judgement, on what docs/retention.md measured.
+_RELUCTANCE: dict[str, dict[Any, int]] = {
+    "checkpointing": {False: 0, True: 1},
+    "max_steps": {16: 0, 12: 2, 8: 4, 4: 10, 2: 16, 1: 24},
+    "window": {(512, 1024): 0, (1024, 1024): 3, (256, 512): 6, (128, 256): 12, (64, 128): 20},
+    "rank": {64: 0, 32: 5, 16: 9, 8: 14, 4: 20},
+    "quantization": {"none": 0, "8bit": 8, "4bit": 11},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a model, from its configuration."""
+
+    num_parameters: int
+    """Numbers in the model."""
+    num_layers: int
+    """L."""
+    hidden: int
+    """D."""
+    intermediate: int
+    """Features between the feed-forward projections."""
+    query_features: int
+    """Features of all heads of queries."""
+    vocabulary: int
+    """V."""
+    cache_features: int
+    """Keys and values of one token in one layer."""
+    projection_features: int
+    """Inputs and outputs of all linear projections that get an adapter."""
+    projection_weights: int
+    """Weights of the same."""
+    max_positions: int | None
+    """Positions that it was built for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that a round takes at its peak, by part."""
+
+    weights: int
+    """Of the base model."""
+    adapter: int
+    """In its own type, and once more in the model's, for decoding."""
+    optimizer: int
+    """Gradients, moments, and the copy that a round is rolled back to."""
+    activations: int
+    """What a student step keeps for its backward pass, or what the teacher's pass needs, if that is more."""
+    logits: int
+    """Of a piece of the text, of student and teacher, with logarithms and slopes."""
+    states: int
+    """What the teachers of a round's lessons said."""
+    cache: int
+    """Keys and values of the window."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a device does a second."""
+
+    flops: float
+    """Floating-point operations in a large product of matrices."""
+    bandwidth: float
+    """Bytes read from its memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Settings that fit, and what they are expected to take."""
+
+    preset: Preset
+    """The settings."""
+    quantization: Quantization
+    """How the base model is loaded."""
+    needs: Needs
+    """Memory."""
+    absorb_ms: float
+    """Of a token, absorbed in each of the streams."""
+    decode_ms: float
+    """Of a token, written in each of the streams."""
+    break_even_tokens: int
+    """From how many tokens of a stream on full attention's cache is larger than all that Absorber takes beside the
+    weights."""
+
+
+def shape_of(config: Any) -> Shape:
+    """Look up the sizes of a model.
+
+    Raises:
+        ModelError: If it is no causal language model that can be used.
+    """
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the model is no causal language model that transformers knows: {reason}") from error
+    backbone = inspect(model)
+    text = config.get_text_config()
+    query_heads = getattr(text, "num_attention_heads", None) or 0
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_features = getattr(text, "head_dim", None) or (text.hidden_size // query_heads if query_heads else 0)
+    features = [num_features(projection) for projection in backbone.projections.values()]
+    return Shape(
+        num_parameters=sum(weight.numel() for weight in model.parameters()),
+        num_layers=len(backbone.blocks),
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        query_features=query_heads * head_features,
+        vocabulary=text.vocab_size,
+        cache_features=2 * heads * head_features,
+        projection_features=sum(map(sum, features)),
+        projection_weights=sum(inputs * outputs for inputs, outputs in features),
+        max_positions=backbone.max_positions,
+    )
+
+
+def needs(
+    shape: Shape,
+    preset: Preset,
+    *,
+    weight_bytes: int,
+    quantization: Quantization = "none",
+    num_streams: int = 1,
+    device: str = "cuda",
+) -> Needs:
+    """Count what a round takes.
+
+    Args:
+        shape: Of the model.
+        preset: Settings.
+        weight_bytes: Of one number in the model's type.
+        quantization: How the base model is loaded.
+        num_streams: B.
+        device: Kind of device, which decides how many logits are built at once, and whether a kernel takes their
+            losses, which keeps no logarithms.
+    """
+    config, stream = preset.absorb, preset.stream
+    quantized = shape.projection_weights if quantization != "none" else 0
+    adapter = num_streams * shape.projection_features * config.adapter_rank
+    adapter_bytes = 2 if config.adapter_dtype == "bfloat16" else 4
+    rows = num_streams * (stream.sync_tokens + 1)
+    taught = num_streams * (stream.teacher_tokens + stream.window_tokens + 1)
+    block = rows * _block_bytes(shape, weight_bytes, config.adapter_rank)
+    kept = rows * shape.num_layers * shape.hidden * weight_bytes + block if config.checkpointing else None
+    student = block * shape.num_layers if kept is None else kept
+    student += adapter * weight_bytes if weight_bytes != adapter_bytes else 0  # converted for the products
+    # Nothing is kept for a backward pass: the widest place of a block, and what goes around it.
+    teacher = taught * weight_bytes * (4 * shape.hidden + 3 * shape.intermediate)
+    lessons = 1 + min(config.replay_rounds, round(config.replay_share * config.max_steps)) + config.has_anchors
+    layers = 1 + (shape.num_layers if config.hidden_weight else 0)
+    at_once = min(LOGITS_AT_ONCE[device], rows * shape.vocabulary)
+    return Needs(
+        weights=int((shape.num_parameters - quantized) * weight_bytes + quantized * _QUANTIZED.get(quantization, 0)),
+        adapter=adapter * (adapter_bytes + weight_bytes),
+        optimizer=adapter * adapter_bytes * (2 + _MOMENTS[config.optimizer]),
+        activations=max(student, teacher),
+        logits=at_once * (2 * weight_bytes + (0 if kernels.usable_on(device) else 5 * 4)),
+        # Views of what the teacher said of X and Y, which stays as a whole.
+        states=lessons * taught * layers * shape.hidden * weight_bytes,
+        cache=num_streams
+        * (1 + stream.window_tokens + stream.max_new_tokens)
+        * shape.num_layers
+        * shape.cache_features
+        * weight_bytes,
+    )
+
+
+def _block_bytes(shape: Shape, weight_bytes: int, rank: int) -> int:
+    """What the backward pass of one block needs of one token: both norms in float32, what the projections are given,
+    queries, keys, values and their mixture, gate, its activation, the other branch, their product; A x of each."""
+    numbers = 2 * shape.hidden + 2 * shape.query_features + shape.cache_features + 4 * shape.intermediate
+    return 2 * 4 * shape.hidden + weight_bytes * (numbers + 7 * rank)
+
+
+def absorb_ms(shape: Shape, preset: Preset, rates: Rates, *, num_streams: int = 1) -> float:
+    """Estimate the time of a round, by token that it absorbs in each stream.
+
+    Counted: K steps of two operations per weight and token forward and as many backward, and once more forward if
+    blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round.
+    Study is not.
+    """
+    config, stream = preset.absorb, preset.stream
+    weights = shape.projection_weights + shape.hidden * shape.vocabulary
+    passes = 3 if config.checkpointing else 2
+    taught = 1 + (config.replay_share * config.replay_rounds > 0) + config.has_anchors
+    tokens = config.max_steps * passes * stream.sync_tokens + taught * stream.window_tokens + stream.sync_tokens
+    seconds = 2 * weights * tokens * num_streams / (STEP_EFFICIENCY * rates.flops)
+    return 1000 * seconds / stream.context_tokens
+
+
+def decode_ms(shape: Shape, preset: Preset, found: Needs, rates: Rates) -> float:
+    """Estimate the time of a token: the weights and a full window are read once."""
+    window = (
+        found.cache * preset.stream.window_tokens / (1 + preset.stream.window_tokens + preset.stream.max_new_tokens)
+    )
+    return 1000 * (found.weights + window) / (READ_EFFICIENCY * rates.bandwidth)
+
+
+def plan(
+    shape: Shape,
+    *,
+    memory_bytes: int,
+    rate: float,
+    rates: Rates,
+    weight_bytes: int,
+    num_streams: int = 1,
+    device: str = "cuda",
+) -> Plan:
+    """Choose the settings that fit and give up least.
+
+    Args:
+        shape: Of the model.
+        memory_bytes: What the device has; `SPARE` of it is used.
+        rate: Tokens a second that each stream brings.
+        rates: Of the device.
+        weight_bytes: Of one number in the model's type.
+        num_streams: B.
+        device: Its kind.
+
+    Raises:
+        ConfigError: If nothing fits; the message says what is too much.
+    """
+    smallest, quickest = memory_bytes * 1000, 0.0
+    found: list[tuple[int, Plan]] = []
+    for values in itertools.product(*_RELUCTANCE.values()):
+        chosen = dict(zip(_RELUCTANCE, values, strict=True))
+        preset = _preset(chosen)
+        if shape.max_positions is not None and preset.stream.window_tokens + 1 > shape.max_positions:
+            continue
+        quantization = chosen["quantization"]
+        need = needs(
+            shape,
+            preset,
+            weight_bytes=weight_bytes,
+            quantization=quantization,
+            num_streams=num_streams,
+            device=device,
+        )
+        taken = absorb_ms(shape, preset, rates, num_streams=num_streams)
+        smallest, quickest = min(smallest, need.total), max(quickest, 1000 / taken)
+        if need.total > SPARE * memory_bytes or taken * rate > 1000:
+            continue
+        reluctance = sum(_RELUCTANCE[name][value] for name, value in chosen.items())
+        beside = need.total - need.weights
+        per_token = num_streams * shape.num_layers * shape.cache_features * weight_bytes
+        entry = Plan(
+            preset=preset,
+            quantization=quantization,
+            needs=need,
+            absorb_ms=taken,
+            decode_ms=decode_ms(shape, preset, need, rates),
+            break_even_tokens=-(-beside // per_token) if per_token else 0,
+        )
+        found.append((reluctance, entry))
+    if not found:
+        raise ConfigError(
+            f"nothing fits: the smallest settings need {smallest / 1e9:.2f} GB of the {SPARE * memory_bytes / 1e9:.2f} "
+            f"that may be used, and the quickest absorb {quickest:.3g} tokens a second of {rate:g}. Give more memory, "
+            "a smaller model, fewer streams or a lower rate"
+        )
+    return min(found, key=lambda pair: (pair[0], pair[1].needs.total))[1]
+
+
+def _preset(chosen: dict[str, Any]) -> Preset:
+    context_tokens, sync_tokens = chosen["window"]
+    return Preset(
+        absorb=AbsorbConfig(rank=chosen["rank"], max_steps=chosen["max_steps"], checkpointing=chosen["checkpointing"]),
+        stream=StreamConfig(context_tokens=context_tokens, sync_tokens=sync_tokens),
+    )
