@@ -1,16 +1,23 @@
 """Ways to read a stream that is longer than the window; the table that names them."""
 
+from absorber.bench.methods.bm25 import BM25
 from absorber.bench.methods.full import Full
 from absorber.bench.methods.lora import LoRA, lora_methods
-from absorber.bench.methods.reader import Method, Reader, Setting
+from absorber.bench.methods.reader import Method, Questions, Reader, Setting
 from absorber.bench.methods.sink import Sink
 from absorber.bench.methods.truncation import Truncation
 from absorber.errors import BenchmarkError
 
-METHODS: dict[str, Method] = {"full": Full(), "truncation": Truncation(), "sink": Sink(), **lora_methods()}
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "truncation": Truncation(),
+    "sink": Sink(),
+    "bm25": BM25(),
+    **lora_methods(),
+}
 """By the name on the command line."""
 
-__all__ = ["METHODS", "LoRA", "Method", "Reader", "Setting", "method"]
+__all__ = ["BM25", "METHODS", "LoRA", "Method", "Questions", "Reader", "Setting", "method"]
 
 
 def method(name: str) -> Method:

@@ -5,6 +5,7 @@ Shapes: B streams, T tokens.
 
 import abc
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from absorber.backbone import Backbone
 from absorber.config import StreamConfig
 from absorber.study import Guide
+
+Questions = Sequence[Sequence[int]]
+"""For each stream the token ids of a question that follows; a method that searches what it has read looks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +56,12 @@ class Reader:
         """Read what comes next: the first m tokens at first, then n a round."""
         self.recent_BT = torch.cat([self.recent_BT, token_ids_BT], dim=1)[:, -self.kept_tokens :]
 
-    def windowed(self) -> Tensor:
-        """What stands before a passage that follows the stream [B, T]."""
+    def windowed(self, questions: Questions | None = None) -> Tensor:
+        """What stands before a passage, or one question a stream, that follows the stream [B, T]."""
         return self.recent_BT
 
-    def contextless(self) -> Tensor:
-        """What stands before a passage when the window is taken away [B, T]."""
+    def contextless(self, questions: Questions | None = None) -> Tensor:
+        """What stands before a passage, or one question a stream, when the window is taken away [B, T]."""
         return self.recent_BT[:, :0]
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
