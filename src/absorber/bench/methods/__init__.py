@@ -6,6 +6,7 @@ from absorber.bench.methods.lora import LoRA, lora_methods
 from absorber.bench.methods.reader import Method, Questions, Reader, Setting
 from absorber.bench.methods.sink import Sink
 from absorber.bench.methods.truncation import Truncation
+from absorber.bench.methods.ttt import TTT
 from absorber.errors import BenchmarkError
 
 METHODS: dict[str, Method] = {
@@ -13,11 +14,12 @@ METHODS: dict[str, Method] = {
     "truncation": Truncation(),
     "sink": Sink(),
     "bm25": BM25(),
+    "ttt": TTT(),
     **lora_methods(),
 }
 """By the name on the command line."""
 
-__all__ = ["BM25", "METHODS", "LoRA", "Method", "Questions", "Reader", "Setting", "method"]
+__all__ = ["BM25", "METHODS", "TTT", "LoRA", "Method", "Questions", "Reader", "Setting", "method"]
 
 
 def method(name: str) -> Method:
