@@ -5,15 +5,17 @@ Shapes: B streams, T tokens.
 
 import abc
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone
 from absorber.config import StreamConfig
+from absorber.errors import ConfigError
 from absorber.study import Guide
 
 Questions = Sequence[Sequence[int]]
@@ -79,3 +81,20 @@ class Method(abc.ABC):
     def config(self) -> dict[str, Any]:
         """What a record says of the method's settings."""
         return {}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same method with some settings changed: those of a dataclass are its fields.
+
+        Raises:
+            ConfigError: If a setting is unknown or out of range.
+        """
+        known: list[str] = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{type(self).__name__} has no setting {', '.join(unknown)}; there are {', '.join(known) or 'none'}"
+            )
+        try:
+            return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        except TypeError as error:
+            raise ConfigError(f"a setting of {type(self).__name__} is of a wrong type: {error}") from error
