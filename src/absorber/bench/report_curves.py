@@ -20,6 +20,7 @@ _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), 
 # The colors of the methods that are in most reports, so that they are the same in all figures.
 _FIRST = ("absorber", "truncation", "temp-lora", "absorber-paper", "dcd", "full", "sink", *METHODS)
 _CHOSEN_COLORS = {name: index for index, name in enumerate(dict.fromkeys(_FIRST))}
+_WHOLE = "everything in view"
 _REFERENCES = {"drift": 0.0, "gap": 0.0, "saved": 0.0}
 
 
@@ -43,6 +44,8 @@ Lines = dict[str, list[Point]]
 
 def style(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     """Color, matplotlib's mark and the same mark as text, of a line."""
+    if name == _WHOLE:
+        return "#888888", "None", "━"
     index = _CHOSEN_COLORS.get(name, len(_CHOSEN_COLORS) + list(names).index(name))
     mark, shown = _MARKS[index % len(_MARKS)]
     return _COLORS[index % len(_COLORS)], mark, shown
@@ -110,13 +113,13 @@ def _gallery(title: str, records: Sequence[Record], along: str, axis: str) -> Ga
     names = labels(records)
     panels: dict[tuple[Any, ...], dict[str, dict[float, list[Record]]]] = {}
     for record in records:
-        places = {name: value for name, value in place_of(record).items() if name not in (along, "chance", *PARTING)}
-        panel = (record.metric, *(spell_value(value) for value in places.values() if value != "all"))
         x = place_of(record)[along] if along == "age" else getattr(record, along)
-        line = panels.setdefault(panel, {}).setdefault(label(record, names), defaultdict(list))
-        line[float(x)].append(record)
+        is_whole = place_of(record).get("view") == "full"
+        for panel in _panels(record, along, records):
+            name = _WHOLE if is_whole else label(record, names)
+            panels.setdefault(panel, {}).setdefault(name, defaultdict(list))[float(x)].append(record)
     drawn, used = [], dict[str, None]()
-    everyone = list(dict.fromkeys(names.values()))
+    everyone = list(dict.fromkeys([*names.values(), _WHOLE]))
     for (metric, *where), lines in panels.items():
         found = {name: _points(at) for name, at in lines.items()}
         if max(map(len, found.values())) < 2:
@@ -126,6 +129,19 @@ def _gallery(title: str, records: Sequence[Record], along: str, axis: str) -> Ga
         drawn.append(Panel(heading, draw(found, everyone, heading, axis, percent=percent)))
         used |= dict.fromkeys(found)
     return Gallery(title, legend(used, everyone), drawn)
+
+
+def _panels(record: Record, along: str, records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """In which drawings a record is: what is known with everything in view is in those of all other views."""
+    places = {name: value for name, value in place_of(record).items() if name not in (along, "chance", *PARTING)}
+    views = {place_of(other).get("view") for other in records if other.metric == record.metric} - {"full"}
+    if places.get("view") != "full" or not views:
+        views = {places.get("view")}
+    found = []
+    for view in sorted(views, key=str):
+        here = places | ({"view": view} if "view" in places else {})
+        found.append((record.metric, *(spell_value(value) for value in here.values() if value != "all")))
+    return found
 
 
 def legend(used: Iterable[str], everyone: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from absorber.bench.ablation import TABLES
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, words
+from absorber.bench.report_paper import dataset_of
 from absorber.bench.retention import DRIFT_KINDS
 
 TASKS = {
@@ -19,6 +20,15 @@ TASKS = {
     "ablation": "one choice of the method changed at a time",
 }
 """What each task asks, by its name, in the order of the report."""
+
+DATA: dict[str, tuple[str, ...]] = {
+    "retention": DRIFT_KINDS,
+    "recall": DRIFT_KINDS,
+    "icl": ("ag_news", "trec", "banking77"),
+    "reasoning": ("musique",),
+    "summary": ("samsum", "squality"),
+}
+"""What each task can be run on, by its name."""
 
 UNBUILT = ("mamba", "rwkv", "snapkv", "kvzip")
 """Methods that the protocol names and that are not built here."""
@@ -44,12 +54,12 @@ def matrix(records: Sequence[Record]) -> Table:
 def gaps(records: Sequence[Record]) -> list[str]:
     """Sentences on what else is missing."""
     found = [f"Task {task} ({asks}): not run." for task, asks in TASKS.items() if not _of(records, task)]
-    for task in ("retention", "recall"):
+    for task, kinds in DATA.items():
         own = _of(records, task)
-        kinds = {str(record.config["task"].get("kind")) for record in own}
-        absent = [kind for kind in DRIFT_KINDS if kind not in kinds]
+        there = {dataset_of(record) for record in own}
+        absent = [kind for kind in kinds if kind not in there]
         if own and absent:
-            found.append(f"Task {task} on streams of {', '.join(absent)}: not run.")
+            found.append(f"Task {task} on {', '.join(absent)}: not run.")
     for task in dict.fromkeys(record.task for record in records):
         seeds = {
             method: {record.seed for record in records if (record.task, record.method) == (task, method)}

@@ -106,15 +106,21 @@ def _belongs(table: Printed, record: Record) -> bool:
     return (
         record.task == table.task
         and record.metric in table.metrics
-        and (table.dataset is None or dataset_of(record) in (None, table.dataset))
+        and place_of(record).get("view") != "contextless"  # the paper's methods have their window
+        and (table.dataset is None or dataset_of(record) == table.dataset)
     )
 
 
 def dataset_of(record: Record) -> str | None:
-    """The name of the data set that a record says it is of, written as ours are."""
-    task = record.config.get("task")
-    found = place_of(record).get("dataset") or (task.get("dataset") if isinstance(task, dict) else None)
-    return str(found).lower().replace("-", "_").replace(" ", "_") if found else None
+    """The name of the data set that a record says it is of: its kind of text, unless it says more."""
+    task = record.config["task"]
+    found = place_of(record).get("dataset") or task.get("dataset") or task.get("kind")
+    return str(found) if found else None
+
+
+def _method(record: Record) -> str:
+    """Whose the number is: what a task asks with everything in view is full attention's, whoever is measured."""
+    return "full" if place_of(record).get("view") == "full" else record.method
 
 
 def _beside(table: Printed, own: Sequence[Record]) -> Table:
@@ -122,7 +128,9 @@ def _beside(table: Printed, own: Sequence[Record]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     measured: dict[tuple[str, ...], list[Record]] = {}
     for record in own:
-        key = (record.method, label(record, names), record.metric, model_label(record.model), record.device)
+        method = _method(record)
+        name = label(record, names) if method == record.method else method
+        key = (method, name, record.metric, model_label(record.model), record.device)
         measured.setdefault((*key, str(record.seed)), []).append(record)
     for method, values in table.values.items():
         rows.append((words(method), words("paper"), *(paper(value) for value in values)))
