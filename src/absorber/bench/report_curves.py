@@ -15,12 +15,12 @@ from absorber.bench.report_tables import BY_ROUND, PARTING, label, labels, spell
 
 # Words and axes are drawn in this color and then take that of the text around them, light or dark.
 _INK = "#010203"
-_COLORS = ("#e4572e", "#3f7fbf", "#4f9d69", "#a06cd5", "#c98a00", "#1f9e9e", "#d4568b", "#8a8f98", "#8c6d46", "#6b8e23")
+_COLORS = ("#e4572e", "#3f7fbf", "#4f9d69", "#a06cd5", "#c98a00", "#1f9e9e", "#d4568b", "#5d6fd6", "#8c6d46", "#6b8e23")
 _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
 # The colors of the methods that are in most reports, so that they are the same in all figures.
 _FIRST = ("absorber", "truncation", "temp-lora", "absorber-paper", "dcd", "full", "sink", *METHODS)
 _CHOSEN_COLORS = {name: index for index, name in enumerate(dict.fromkeys(_FIRST))}
-_WHOLE = "everything in view"
+_WHOLE, _CHANCE = "everything in view", "by chance"
 _REFERENCES = {"drift": 0.0, "gap": 0.0, "saved": 0.0}
 
 
@@ -44,8 +44,8 @@ Lines = dict[str, list[Point]]
 
 def style(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     """Color, matplotlib's mark and the same mark as text, of a line."""
-    if name == _WHOLE:
-        return "#888888", "None", "━"
+    if name in (_WHOLE, _CHANCE):
+        return "#888888", "None", "━" if name == _WHOLE else "┄"
     index = _CHOSEN_COLORS.get(name, len(_CHOSEN_COLORS) + list(names).index(name))
     mark, shown = _MARKS[index % len(_MARKS)]
     return _COLORS[index % len(_COLORS)], mark, shown
@@ -118,8 +118,12 @@ def _gallery(title: str, records: Sequence[Record], along: str, axis: str) -> Ga
         for panel in _panels(record, along, records):
             name = _WHOLE if is_whole else label(record, names)
             panels.setdefault(panel, {}).setdefault(name, defaultdict(list))[float(x)].append(record)
+            chance = place_of(record).get("chance")
+            if record.metric == "accuracy" and isinstance(chance, int | float):
+                guess = dataclasses.replace(record, value=chance, ci95_low=None, ci95_high=None)
+                panels[panel].setdefault(_CHANCE, defaultdict(list))[float(x)].append(guess)
     drawn, used = [], dict[str, None]()
-    everyone = list(dict.fromkeys([*names.values(), _WHOLE]))
+    everyone = list(dict.fromkeys([*names.values(), _WHOLE, _CHANCE]))
     for (metric, *where), lines in panels.items():
         found = {name: _points(at) for name, at in lines.items()}
         if max(map(len, found.values())) < 2:
@@ -172,10 +176,12 @@ def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, perc
     figure, panel = blank()
     for name, points in lines.items():
         color, mark, _ = style(name, everyone)
-        x = [point.x for point in points]
-        panel.plot(x, [point.y for point in points], marker=mark, markersize=4, linewidth=1.6, color=color)
+        x, line = [point.x for point in points], ":" if name == _CHANCE else "-"
+        panel.plot(
+            x, [point.y for point in points], marker=mark, markersize=4, linewidth=1.6, color=color, linestyle=line
+        )
         panel.fill_between(
-            x, [point.low for point in points], [point.high for point in points], alpha=0.14, color=color, linewidth=0
+            x, [point.low for point in points], [point.high for point in points], alpha=0.1, color=color, linewidth=0
         )
     places = sorted({point.x for points in lines.values() for point in points})
     if len(places) > 1 and places[0] > 0 and places[-1] / places[0] >= 8:
