@@ -1,6 +1,7 @@
 """The report: every number is there and says where it is from, nothing is loaded from elsewhere, and gaps are named."""
 
 import csv
+import dataclasses
 import html
 import io
 import math
@@ -328,15 +329,27 @@ def test_a_record_counts_once_and_bad_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"config": []}, {"config": {"task": 3}}, {"value": "much"}, {"method": None}, {"seed": None}]
+    "changes",
+    [
+        {"task": "ablation"},
+        {"config": []},
+        {"config": {"task": 3}},
+        {"value": "much"},
+        {"method": None},
+        {"seed": None},
+    ],
 )
 def test_a_field_of_a_wrong_type_is_named(changes, tmp_path):
-    import dataclasses
-
     path = tmp_path / "records.jsonl"
     append_records(path, [dataclasses.replace(everything()[0], **changes)])
     with pytest.raises(BenchmarkError, match="damaged record"):
         read_all([path])
+
+
+def test_a_record_without_settings_of_its_task_is_shown():
+    bare = dataclasses.replace(made("latency", "full", "ms_per_token", 7.25, unit="ms/token", tokens=2048), config={})
+    report = make_report([bare])
+    assert 'title="latency, full, ms_per_token: 7.25' in to_html(report)
 
 
 @pytest.mark.parametrize("task", ["retention", "recall", "icl", "ablation", "divination"])

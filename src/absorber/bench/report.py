@@ -51,11 +51,14 @@ def _check(record: Record, path: Path) -> None:
     texts = (record.task, record.method, record.model, record.metric, record.unit, record.device, record.git)
     if (
         not isinstance(task, dict)
+        or (record.task == "ablation" and not {"table", "variant"} <= set(record.config))
         or not all(isinstance(value, int | float) for value in numbers)
         or not all(isinstance(text, str) for text in texts)
     ):
         line = json.dumps({"task": record.task, "method": record.method, "metric": record.metric}, default=str)
-        raise BenchmarkError(f"{path} holds a damaged record, {line}: a field is of a wrong type. Delete its line")
+        raise BenchmarkError(
+            f"{path} holds a damaged record, {line}: a field is missing or of a wrong type. Delete its line"
+        )
 
 
 def make_report(records: Sequence[Record]) -> Report:

@@ -113,7 +113,7 @@ def _belongs(table: Printed, record: Record) -> bool:
 
 def dataset_of(record: Record) -> str | None:
     """The name of the data set that a record says it is of: its kind of text, unless it says more."""
-    task = record.config["task"]
+    task = record.config.get("task", {})
     found = place_of(record).get("dataset") or task.get("dataset") or task.get("kind")
     return str(found) if found else None
 
