@@ -71,6 +71,13 @@ def _timed(record, seconds):
     return record
 
 
+def timed(method, metric, value, unit, tokens, batch, **more):
+    """A record of a task of speed, whose settings are one flat table."""
+    record = made("latency", method, metric, value, unit=unit, tokens=tokens)
+    config = {"batch": batch, "weights": "random", "context_tokens": 512, "length": tokens, **more}
+    return dataclasses.replace(record, config=config, ci95_low=None, ci95_high=None)
+
+
 def everything():
     """Records of every kind of task, of two that nobody has heard of too."""
     found = retention("truncation", [0, 0, 0], seconds=0.001)
@@ -91,10 +98,14 @@ def everything():
             for view in ("windowed", "contextless"):
                 found.append(made("icl", method, "accuracy", 0.4457 + tokens / 1e6, view=view, **place))
                 found.append(made("icl", method, "agreement", 0.7111, view=view, **place))
-        for method in ("full", "absorber"):
-            place = {"tokens": tokens, "settings": {"batch": 1}, "weights": "random"}
-            found.append(made("latency", method, "ms_per_token", 12.3451, unit="ms/token", **place))
-            found.append(made("latency", method, "peak_memory_bytes", 2.5e9, unit="bytes", **place))
+        for batch in (1, 8):
+            found.append(timed("full", "ms_per_token", 12.3451 * batch, "ms", tokens, batch))
+            found.append(timed("full", "peak_memory_bytes", 2.5e9, "bytes", tokens, batch))
+        for way in ("never", "always"):
+            more = {"checkpointing": way}
+            found.append(timed("absorber-round", "round_ms", 512.25, "ms", tokens, 1, **more))
+            found.append(timed("absorber-round", "checkpointing", float(way == "always"), "", tokens, 1, **more))
+    found.append(timed("full", "out_of_memory", 1.0, "", 16384, 1))
     found.append(made("divination", "tea-leaves", "omens", math.nan, unit="omens"))
     settings = Ablation().config()
     for variant, value in {"hidden": 0.111, "KL": 0.222}.items():
@@ -140,7 +151,7 @@ def test_every_number_of_a_table_says_where_it_is_from(report, page):
             assert all(len(row) == len(table.heads) for row in table.rows)
             for row in table.rows:
                 for head, cell in zip(table.heads, row, strict=True):
-                    free = ("seed", "seeds", "samples", "tokens", "age", "chance")
+                    free = ("seed", "seeds", "samples", "tokens", "age", "chance", "batch")
                     if cell.is_number and cell.kind not in ("paper", "missing", "mean") and head not in free:
                         numbers += 1
                         assert cell.sources or table.title == "Methods and tasks", (table.title, head, cell)
@@ -218,6 +229,23 @@ def test_recall_is_by_age_and_lengths_are_rows_of_other_tasks():
     assert {"everything in view", "by chance"} < {name for name, _, _ in gallery.legend}
 
 
+def test_speed_is_by_length_and_batch_with_what_did_not_fit():
+    (group,) = groups([record for record in everything() if record.task == "latency"])
+    assert "weights random" in group.caption
+    assert "512" in group.caption
+    (table,) = tables(group.records)
+    rows = {(row["method"], row["tokens"], row["batch"], row["checkpointing"]): row for row in cells_of(table)}
+    assert rows["full", "2048", "8", "–"]["ms per token"] == "98.76"
+    assert rows["full", "2048", "8", "–"]["peak memory bytes"] == "2.50 GB"
+    assert rows["full", "16384", "1", "–"]["ms per token"] == "out of memory"
+    assert rows["full", "16384", "1", "–"]["round ms"] == ""
+    assert {row["round ms"] for key, row in rows.items() if key[0] == "absorber-round"} == {"512.2"}
+    assert ("absorber-round", "4096", "1", "always") in rows
+    (gallery,) = curves(group.records)
+    titles = {panel.title for panel in gallery.panels}
+    assert titles >= {"ms per token, batch 1", "ms per token, batch 8", "round ms, batch 1, always"}
+
+
 def test_what_was_measured_otherwise_is_not_mixed():
     records = retention("absorber", [0.1, 0.2, 0.3])
     other = retention("absorber", [0.4, 0.5, 0.6])
@@ -242,7 +270,8 @@ def test_the_papers_tables_stand_beside_ours_or_say_not_run(report):
     assert any("summary has no records here: not run" in note for note in dialogues.notes)
     latency = next(part for title, part in parts.items() if title.startswith("Table 1"))
     assert [row[1].text.split(",")[0] for row in latency.rows if row[0].text == "full"] == ["paper", "ours"]
-    assert latency.rows[0][-1].text == "out of memory"
+    assert [row[-1].text for row in latency.rows[:2]] == ["out of memory"] * 2
+    assert [cell.text for cell in latency.rows[1][2:]] == ["12.35", "12.35", "not run", "out of memory"]
     objective = next(part for title, part in parts.items() if title.startswith("objective"))
     assert [row[0].text for row in objective.rows] == ["hidden (default)", "KL (default)"]
     assert objective.rows[0][1].sources[0].value == 0.111

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record, mean_interval
-from absorber.bench.report_layout import Gallery, Panel, place_of, plain
-from absorber.bench.report_tables import BY_ROUND, PARTING, label, labels, spell_value, totals_only
+from absorber.bench.report_layout import NONE, Gallery, Panel, place_of, plain
+from absorber.bench.report_tables import ASIDE, BY_ROUND, PARTING, label, labels, spell_value, totals_only
 
 # Words and axes are drawn in this color and then take that of the text around them, light or dark.
 _INK = "#010203"
@@ -21,6 +21,7 @@ _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), 
 _FIRST = ("absorber", "truncation", "temp-lora", "absorber-paper", "dcd", "full", "sink", *METHODS)
 _CHOSEN_COLORS = {name: index for index, name in enumerate(dict.fromkeys(_FIRST))}
 _WHOLE, _CHANCE = "everything in view", "by chance"
+_AXES = {"ratio": "%", "bytes": "GB"}
 _REFERENCES = {"drift": 0.0, "gap": 0.0, "saved": 0.0}
 
 
@@ -70,8 +71,8 @@ def curves(records: Sequence[Record]) -> list[Gallery]:
 
 def _worth_drawing(records: Sequence[Record]) -> list[Record]:
     """Without losses, where there are figures made from them that say more."""
-    others = [record for record in records if not _is_loss(record.metric)]
-    return others or list(records)
+    drawn = [record for record in records if record.metric not in ("out_of_memory", *ASIDE)]
+    return [record for record in drawn if not _is_loss(record.metric)] or drawn
 
 
 def _is_loss(metric: str) -> bool:
@@ -128,9 +129,9 @@ def _gallery(title: str, records: Sequence[Record], along: str, axis: str) -> Ga
         found = {name: _points(at) for name, at in lines.items()}
         if max(map(len, found.values())) < 2:
             continue
-        percent = next(iter(next(iter(lines.values())).values()))[0].unit == "ratio"
+        unit = next(iter(next(iter(lines.values())).values()))[0].unit
         heading = ", ".join([plain(metric), *where])
-        drawn.append(Panel(heading, draw(found, everyone, heading, axis, percent=percent)))
+        drawn.append(Panel(heading, draw(found, everyone, heading, axis, unit=_AXES.get(unit, unit))))
         used |= dict.fromkeys(found)
     return Gallery(title, legend(used, everyone), drawn)
 
@@ -144,8 +145,13 @@ def _panels(record: Record, along: str, records: Sequence[Record]) -> list[tuple
     found = []
     for view in sorted(views, key=str):
         here = places | ({"view": view} if "view" in places else {})
-        found.append((record.metric, *(spell_value(value) for value in here.values() if value != "all")))
+        said = {name: value for name, value in here.items() if value not in ("all", NONE)}
+        found.append((record.metric, *(_said(name, value) for name, value in said.items())))
     return found
+
+
+def _said(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{plain(name)} {spell_value(value)}"
 
 
 def legend(used: Iterable[str], everyone: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -161,7 +167,7 @@ def _points(at: Mapping[float, Sequence[Record]]) -> list[Point]:
     """Means over seeds, and their intervals taken together."""
     found = []
     for x, records in sorted(at.items()):
-        scale = 100 if records[0].unit == "ratio" else 1
+        scale = {"ratio": 100, "bytes": 1e-9}.get(records[0].unit, 1)
         finite = [record for record in records if record.value == record.value]
         if finite:
             mean = sum(record.value for record in finite) / len(finite)
@@ -171,7 +177,7 @@ def _points(at: Mapping[float, Sequence[Record]]) -> list[Point]:
     return found
 
 
-def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, percent: bool) -> str:
+def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, unit: str) -> str:
     """Draw lines with their bands; returns an <svg> element."""
     figure, panel = blank()
     for name, points in lines.items():
@@ -192,9 +198,11 @@ def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, perc
     if any(word in heading for word in _REFERENCES):
         panel.axhline(0, color="#888888", linewidth=0.8)
     ends = [end for points in lines.values() for point in points for end in (point.low, point.high)]
-    if percent and "gap" not in heading and min(ends) >= 0 and max(ends) <= 100:
+    if unit == "%" and "gap" not in heading and min(ends) >= 0 and max(ends) <= 100:
         panel.set_ylim(-3, 103)
-    panel.set(xlabel=axis, ylabel="%" if percent else "")
+    if unit not in ("%", "nats") and min(ends) >= 0:
+        panel.set_ylim(0, 1.08 * max(ends) or 1)
+    panel.set(xlabel=axis, ylabel=unit)
     return as_svg(figure, heading)
 
 

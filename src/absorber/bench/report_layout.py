@@ -24,6 +24,9 @@ class Cell:
     """A mark for the eye: `missing`, `paper` or `mean`."""
 
 
+NONE = "–"
+"""Where a place has no value."""
+
 NOT_RUN = Cell("not run", is_number=True, kind="missing")
 
 
@@ -99,6 +102,8 @@ def number(record: Record) -> Cell:
     ends = [record.ci95_low, record.ci95_high]
     finite = [end for end in ends if end is not None and math.isfinite(end)]
     interval = f"[{', '.join(spell(record, end, bare=True) for end in finite)}]" if len(finite) == 2 else ""
+    if record.metric == "out_of_memory":
+        return Cell("out of memory", sources=(record,), is_number=True)
     return Cell(spell(record, record.value), interval, (record,), is_number=True)
 
 
@@ -142,7 +147,19 @@ def origin(record: Record) -> str:
 
 def place_of(record: Record) -> dict[str, Any]:
     """What tells records of one metric and one measurement apart, such as age, wording or kind of drift."""
-    return {key: value for key, value in record.config.items() if key not in ("task", "method")}
+    if "task" in record.config:
+        return {key: value for key, value in record.config.items() if key not in ("task", "method")}
+    if "batch" not in record.config:
+        return {}
+    # Tasks of speed have one flat table of settings.
+    return {"batch": record.config["batch"], "checkpointing": record.config.get("checkpointing", NONE)}
+
+
+def settings_of(record: Record) -> dict[str, Any]:
+    """The settings of a record's task, without what is said elsewhere."""
+    if "task" in record.config:
+        return dict(record.config["task"])
+    return {key: value for key, value in record.config.items() if key not in ("batch", "checkpointing", "length")}
 
 
 def plain(name: str) -> str:

@@ -60,13 +60,13 @@ def gaps(records: Sequence[Record]) -> list[str]:
         absent = [kind for kind in kinds if kind not in there]
         if own and absent:
             found.append(f"Task {task} on {', '.join(absent)}: not run.")
-    for task in dict.fromkeys(record.task for record in records):
+    for task in DATA:
         seeds = {
             method: {record.seed for record in records if (record.task, record.method) == (task, method)}
             for method in dict.fromkeys(record.method for record in _of(records, task))
         }
         few = [f"{method} ({len(own)})" for method, own in seeds.items() if len(own) < _FEWEST_SEEDS]
-        if few and task != "ablation":
+        if few:
             found.append(f"Task {task} with {_FEWEST_SEEDS} seeds or more: not run; seeds there are: {', '.join(few)}.")
     ablated = {(record.config["table"], record.config["variant"]) for record in _of(records, "ablation")}
     for name, table in TABLES.items():

@@ -40,12 +40,18 @@ def to_html(report: Report) -> str:
         report=report,
         by_task=by_task,
         is_table=lambda part: isinstance(part, Table),
+        is_numeric=is_numeric,
         origins=origins,
         model_label=model_label,
         number_of=lambda record: places.get(id(record), 0),
         place=place,
         drawn=Markup,
     )
+
+
+def is_numeric(table: Table, column: int) -> bool:
+    """Whether a column holds numbers."""
+    return any(row[column].is_number for row in table.rows)
 
 
 def origins(cell: Cell) -> str:
@@ -77,7 +83,7 @@ def _markdown_table(table: Table) -> list[str]:
     lines += [
         "",
         _line(map(_inline, table.heads)),
-        _line("---:" if any(row[at].is_number for row in table.rows) else "---" for at in range(len(table.heads))),
+        _line("---:" if is_numeric(table, at) else "---" for at in range(len(table.heads))),
     ]
     lines += [_line(_inline(f"{cell.text} {cell.interval}".strip()) for cell in row) for row in table.rows]
     return lines + [line for note in table.notes for line in ("", _inline(note))]

@@ -105,7 +105,8 @@ def printed_tables(records: Sequence[Record]) -> list[Table]:
 def _belongs(table: Printed, record: Record) -> bool:
     return (
         record.task == table.task
-        and record.metric in table.metrics
+        and record.metric in (*table.metrics, "out_of_memory")
+        and place_of(record).get("batch", 1) == 1
         and place_of(record).get("view") != "contextless"  # the paper's methods have their window
         and (table.dataset is None or dataset_of(record) == table.dataset)
     )
@@ -130,7 +131,8 @@ def _beside(table: Printed, own: Sequence[Record]) -> Table:
     for record in own:
         method = _method(record)
         name = label(record, names) if method == record.method else method
-        key = (method, name, record.metric, model_label(record.model), record.device)
+        metric = table.metrics[0] if record.metric == "out_of_memory" else record.metric
+        key = (method, name, metric, model_label(record.model), record.device)
         measured.setdefault((*key, str(record.seed)), []).append(record)
     for method, values in table.values.items():
         rows.append((words(method), words("paper"), *(paper(value) for value in values)))

@@ -1,18 +1,23 @@
 """Tables by method, for any task: what differs between records decides what is a table, a row and a column."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from absorber.bench.records import Record, model_label
-from absorber.bench.report_layout import Cell, Table, number, over_seeds, place_of, plain, words
+from absorber.bench.report_layout import NONE, Cell, Table, number, over_seeds, place_of, plain, settings_of, words
 
 BY_ROUND = ("retention", "recall", "ablation")
 """Tasks that measure again and again as a stream goes by; of the others, each length is a measurement of its own."""
 
 _MOST_COLUMNS = 8
+_FULL = "out_of_memory"
+ASIDE = ("recorded", "checkpointing")
+"""Metrics that say how a method was run; they are in the list of all records alone."""
+# Units that the names of metrics, or the numbers themselves, say already.
+_SAID_UNITS = ("", "ratio", "nats", "bytes", "ms", "s", "tokens/s")
 # They say of a setting what the number of samples, or the number of tokens, says of a record.
 _SAID_ELSEWHERE = ("num_streams",)
 _SAID_BY_LENGTH = ("num_rounds",)
@@ -49,6 +54,8 @@ def groups(records: Sequence[Record]) -> list[Group]:
     return sorted(made, key=lambda group: group.title)
 
 
+# Places that say how a method was run.
+_ROWS = ("checkpointing",)
 PARTING = ("dataset",)
 """Places that part measurements as settings do."""
 
@@ -57,8 +64,7 @@ _SPEAKING = ("model", "device", "dtype", "kind", "dataset")
 
 
 def _setting(record: Record) -> Key:
-    task = record.config.get("task")
-    values = dict(task) if isinstance(task, dict) else {}
+    values = settings_of(record)
     left_out = _SAID_ELSEWHERE + (() if record.task in BY_ROUND else _SAID_BY_LENGTH)
     values = {name: value for name, value in values.items() if name not in left_out}
     place = {"model": model_label(record.model), "device": record.device, "dtype": record.dtype}
@@ -125,12 +131,14 @@ def tables(records: Sequence[Record]) -> list[Table]:
     Metrics that have the same places share tables, as long as these do not grow too wide.
     """
     shown, names = totals_only(last_only(records)), labels(records)
+    shown = [record for record in shown if record.metric not in ASIDE]
     by_places: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in shown:
         by_places[tuple(_places(record))].append(record)
     made = []
     for own in by_places.values():
-        if len({_column(record, _numeric(own)) for record in own}) <= _MOST_COLUMNS:
+        columns = {_column(record, [*_numeric(own), *_ROWS]) for record in own}
+        if len(columns) <= _MOST_COLUMNS or not any(place for _, place in columns):
             metrics = {record.metric for record in own}
             alone = len(metrics) == 1 and len(by_places) > 1
             made.append(_table(plain(own[0].metric) if alone else "", own, names))
@@ -153,7 +161,8 @@ def _numeric(records: Sequence[Record]) -> list[str]:
 
 def _row_names(records: Sequence[Record]) -> list[str]:
     """Places that tell rows apart and not columns: numbers, and others as long as there are too many columns."""
-    found = _numeric(records)
+    spoken = [name for name in _ROWS if any(_places(record).get(name, NONE) != NONE for record in records)]
+    found = [*_numeric(records), *spoken]
     for name in reversed(_places(records[0])):
         if len({_column(record, found) for record in records}) > _MOST_COLUMNS and name not in found:
             found.append(name)
@@ -161,21 +170,25 @@ def _row_names(records: Sequence[Record]) -> list[str]:
 
 
 def _column(record: Record, row_names: Sequence[str]) -> tuple[str, Key]:
-    places = _places(record).items()
-    return record.metric, tuple((name, spell_value(value)) for name, value in places if name not in row_names)
+    places = [(name, spell_value(value)) for name, value in _places(record).items() if name not in row_names]
+    return record.metric, tuple((name, value) for name, value in places if value != NONE)
 
 
 def _table(title: str, records: Sequence[Record], names: dict[tuple[str, str], str]) -> Table:
     row_names = _row_names(records)
     by_length = records[0].task not in BY_ROUND
-    columns = list(dict.fromkeys(_column(record, row_names) for record in records))
+    units = {_column(record, row_names): record.unit for record in records if record.metric != _FULL}
+    columns = list(units)
+    if len(columns) > _MOST_COLUMNS:  # those that most rows have come first
+        counts = Counter(_column(record, row_names) for record in records)
+        columns.sort(key=lambda column: -counts[column])
     rows: dict[tuple[Any, ...], dict[int, dict[Any, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         places = tuple(place_of(record)[name] for name in row_names)
         key = (label(record, names), *([record.context_length] if by_length else []), *places)
         rows[key][record.seed][_column(record, row_names)] = record
     heads = ("method", *(["tokens"] if by_length else []), *map(plain, row_names), "seed", "samples")
-    heads += tuple(_head(column, titled=bool(title)) for column in columns)
+    heads += tuple(_head(column, units[column], titled=bool(title)) for column in columns)
     lines, methods = [], list(dict.fromkeys(key[0] for key in rows))
     for key, seeds in sorted(rows.items(), key=lambda row: (methods.index(row[0][0]), *map(_order, row[0][1:]))):
         place = [
@@ -193,16 +206,21 @@ def _order(value: Any) -> tuple[float, str]:
     return (float(value), "") if isinstance(value, int | float) else (0.0, str(value))
 
 
-def _head(column: tuple[str, Key], *, titled: bool) -> str:
+def _head(column: tuple[str, Key], unit: str, *, titled: bool) -> str:
     metric, place = column
     said = [value for _, value in place if value != "all"]
-    return ", ".join(said) if titled and said else ", ".join([plain(metric), *said])
+    more = [] if unit in _SAID_UNITS else [unit]
+    return ", ".join(said) if titled and said else ", ".join([plain(metric), *said, *more])
 
 
 def _row(seed: str, found: dict[Any, Record], columns: Sequence[Any]) -> list[Cell]:
     samples = sorted({record.num_samples for record in found.values()})
     cells = [Cell(seed, is_number=True), Cell(", ".join(map(str, samples)), is_number=True)]
-    return cells + [number(found[column]) if column in found else words("") for column in columns]
+    full = [number(record) for record in found.values() if record.metric == _FULL]
+    first = columns[0] if columns else None
+    for column in columns:
+        cells += [number(found[column])] if column in found else full[:1] if column == first and full else [words("")]
+    return cells
 
 
 def _mean_row(seeds: dict[int, dict[Any, Record]], columns: Sequence[Any]) -> list[Cell]:
