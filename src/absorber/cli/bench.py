@@ -43,8 +43,8 @@ def retention(
     What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
 
     Args:
-        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber; these if
-            left out. Other packages may have more.
+        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
+            absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
         data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt.
         output: File of records, one JSON object a line.
         kind: What is streamed: books, dialogues, encyclopedia, code.

@@ -1,6 +1,6 @@
 """Methods that train an adapter as the stream goes by; they differ in their settings alone.
 
-absorber        our default
+absorber        our default; absorber-light and absorber-full also study
 absorber-paper  Algorithms 1 and 2 as written (arXiv 2604.20915), without the threshold, which ends every round at once
 temp-lora       next-token loss on the text itself (arXiv 2401.11504): rank 64, 5e-5, two steps a round
 temp-lora-16    the same with as many steps as our default takes, at the best learning rate found (notes/log.md)
@@ -81,4 +81,6 @@ def lora_methods() -> dict[str, Method]:
         "dcd": LoRA(distilled.replace(rank=16, max_steps=8, learning_rate=1e-3)),
         "absorber-paper": LoRA(paper),
         "absorber": LoRA(default),
+        "absorber-light": LoRA(default.replace(study="light")),
+        "absorber-full": LoRA(default.replace(study="full")),
     }
