@@ -28,6 +28,7 @@ BAD_ABSORB = {
     "learning_rate": (*ABOVE_ZERO, None),
     "warmup_steps": FROM_ZERO,
     "schedule": CHOICE,
+    "settling_rounds": ABOVE_ZERO,
     "weight_decay": WEIGHT,
     "adam_epsilon": (*ABOVE_ZERO, None),
     "gradient_clip": (0.0, -1.0, math.nan, "1"),

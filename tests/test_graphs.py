@@ -11,6 +11,7 @@ from absorber.backbone import inspect
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Past
+from absorber.notes import Notes, given
 from absorber.study import begin
 from architectures import build
 
@@ -43,6 +44,9 @@ def rounds(backbone):
         draw = lambda length: torch.randint(0, 90, (3, length), generator=generator).to(backbone.device)  # noqa: E731
         context, subsequent = draw(32), draw(48)
         anchors = draw(16)
+        passages = context[:, :16].reshape(3, 2, 8).cpu()
+        passages[:, :, :2] = given(passages[:, :, :2])
+        notes = Notes(passages, passages[:, :0])
         begin(backbone, adapter, context, anchors, CONFIG, sink_id=0)
         results = absorb_context(
             backbone,
@@ -51,14 +55,14 @@ def rounds(backbone):
             subsequent,
             CONFIG,
             sink_id=0,
-            study_BS=context[:, :16],
+            notes=notes,
             studied=studied,
             past=past,
             anchors=anchors,
             round_number=number,
         )
-        past.append(Past(context, subsequent))
-        studied.append(context[:, :16])
+        past.append(Past(context.cpu(), subsequent.cpu()))
+        studied.append(notes)
         losses.append(torch.tensor([result.losses for result in results]))
     return losses
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from absorber import PRESETS, AbsorbConfig, DivergedError
-from absorber.backbone import eos_tokens, inspect
+from absorber.backbone import eos_tokens, inspect, vocabulary
 from absorber.lessons import Lesson, Lessons, Past, Reservoir
-from absorber.subsequent import write_about, write_from_nothing
+from absorber.subsequent import make_asking, write_from_nothing, write_questions
+from absorber.synchronization import Target
 from architectures import ARCHITECTURES, build
 
 CONFIG = AbsorbConfig(rank=2, max_steps=16, replay_share=0.5, anchor_share=0.2, anchor_texts=6, anchor_tokens=10)
@@ -140,6 +141,20 @@ def test_a_reservoir_that_goes_on_from_its_pairs_is_the_same(stopped):
     assert fill(3, 30, start=fill(3, stopped), since=stopped + 1) == fill(3, 30)
 
 
+def test_the_base_is_asked_once_about_an_earlier_round():
+    past = Past(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 6, dtype=torch.long))
+    target = Target(layers=(), finals=((1.0, torch.rand(1, 6, 3)),))
+    for by_base, layers, kept in ((False, (), False), (True, (torch.rand(1, 6, 3),), False), (True, (), True)):
+        said = Target(layers=layers, finals=target.finals)
+        lesson = Lesson.again(past, (1,), torch.device("cpu"))
+        assert lesson.target is None
+        lesson.taught(said, by_base=by_base)
+        assert lesson.target is said
+        assert (past.target is not None) == kept
+    later = Lesson.again(past, (1,), torch.device("cpu"))
+    assert torch.equal(later.target.finals[0][1], target.finals[0][1])
+
+
 # --- Anchors
 
 
@@ -179,24 +194,39 @@ def test_each_token_is_drawn_after_all_before_it(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_texts_about_a_context_are_drawn_token_by_token_after_it(name):
-    """Also where a model keeps no key-value cache, and each stream as if it were alone."""
-    backbone, prompts = inspect(build(name)), ([5, 6, 7], [], [8])
-    context = torch.randint(1, 90, (2, 6), generator=torch.Generator().manual_seed(0))
-    ours = write_about(backbone, context, prompts, 5, sink_id=0, seed=3).view(2, 3, 5)
-    banned = sorted({0} | eos_tokens(backbone.model))
-    for stream in range(2):
-        generator = torch.Generator().manual_seed(3)
-        rows = [[0, *context[stream].tolist()] for _ in prompts]
-        for place in range(5):
+def test_questions_and_answers_are_what_the_base_says_next(name, tokenizer):
+    """Also where a model keeps no key-value cache, and each sentence as if it were alone but for blanks before it."""
+    model = build(name)
+    backbone, sentences = inspect(model), ([70, 71, 72], [90], [80, 81])
+    asking = make_asking(tokenizer, vocabulary(tokenizer, model), 257)._replace(
+        examples=(60, 61, 62), question=(63,), answer=(64, 65), blank=66
+    )
+    asking.line_ends_V[::3] = True
+    banned = sorted({0} | eos_tokens(model))
+
+    def next_line(beginning, longest, num_tokens):
+        row = [0, *[66] * (longest - len(beginning)), 60, 61, 62, *beginning]
+        line = []
+        for _ in range(num_tokens):
             with torch.no_grad():
-                logits = backbone.model(input_ids=torch.tensor(rows), use_cache=False).logits[:, -1].float()
-            logits[:, banned] = -torch.inf
-            noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-            drawn = (logits / 0.7 + noise).argmax(dim=-1).tolist()
-            for row, prompt, token in zip(rows, prompts, drawn, strict=True):
-                row.append(prompt[place] if place < len(prompt) else token)
-        assert ours[stream].tolist() == [row[7:] for row in rows]
+                logits = model(input_ids=torch.tensor([row + line]), use_cache=False).logits[0, -1]
+            logits[banned] = -torch.inf
+            line.append(int(logits.argmax()))
+            if asking.line_ends_V[line[-1]]:
+                return line[:-1], True
+        return line, False
+
+    questions = [next_line([*sentence, 63], 4, 5)[0] for sentence in sentences]
+    whole = [[*sentence, 63, *asked, 64, 65] for sentence, asked in zip(sentences, questions, strict=True)]
+    lines = [next_line(row, max(map(len, whole)), 4) for row in whole]
+    expected = [(asked, line if ended else []) for asked, (line, ended) in zip(questions, lines, strict=True)]
+    ours = write_questions(backbone, sentences, asking, question_tokens=5, answer_tokens=4, sink_id=0)
+    assert ours == expected
+
+
+def test_without_sentences_nothing_is_asked(backbone, tokenizer, model):
+    asking = make_asking(tokenizer, vocabulary(tokenizer, model), 257)
+    assert write_questions(backbone, [], asking, question_tokens=5, answer_tokens=5, sink_id=0) == []
 
 
 def test_anchors_are_no_longer_than_the_model_has_positions():

@@ -58,7 +58,7 @@ class Absorbed:
             raise Interrupted
         self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
         self.num_generated.append(kwargs["num_generated"])
-        self.given.append((kwargs["past"], kwargs["anchors"]))
+        self.given.append((list(kwargs["past"]), kwargs["anchors"]))
         self.numbers.append(kwargs["round_number"])
         return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
 
@@ -153,10 +153,19 @@ def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state
     stream.append(real_tokens(21))
     adapter = Adapter.fresh(backbone, config)
     carried = new_optimizer(adapter.parameters(), config)
-    for start in (0, 6):
-        ids = real_tokens(21)[:, start : start + 15]
+    for number in (1, 2):
+        ids = real_tokens(21)[:, 6 * number - 6 :][:, :15]
         optimizer = carried if optimizer_state == "carry" else None
-        absorb_context(backbone, adapter, ids[:, :6], ids[:, 6:], config, sink_id=0, optimizer=optimizer)
+        absorb_context(
+            backbone,
+            adapter,
+            ids[:, :6],
+            ids[:, 6:],
+            config,
+            sink_id=0,
+            optimizer=optimizer,
+            round_number=number,
+        )
     assert stream.num_rounds == 2
     assert all(map(torch.equal, stream._adapter.parameters(), adapter.parameters()))
 
@@ -228,11 +237,15 @@ def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, ba
     assert stream.num_rounds == 5
     assert torch.equal(stream.window_BT, undisturbed.window_BT)
     assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
-    kept, expected = ([part for past in each.reservoir.items for part in past] for each in (stream, undisturbed))
+    kept, expected = (
+        [part for past in each.reservoir.items for part in (past.context_BN, past.subsequent_BM)]
+        for each in (stream, undisturbed)
+    )
     assert len(kept) == 2 * config.replay_rounds
     assert all(map(torch.equal, kept, expected))
     assert len(stream.studied.items) == (3 if config.study == "light" else 0)
-    assert all(map(torch.equal, stream.studied.items, undisturbed.studied.items))
+    for ours, theirs in zip(stream.studied.items, undisturbed.studied.items, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("config", [ALL, STUDY], ids=["replay_and_anchors", "study"])
@@ -249,7 +262,8 @@ def test_a_batch_of_streams_is_as_many_single_ones(model, config):
         single.append(token_ids[row : row + 1])
         assert torch.equal(single.anchors, batch.anchors)
         for ours, alone in zip(batch.reservoir.items, single.reservoir.items, strict=True):
-            assert all(torch.equal(part[row : row + 1], own) for part, own in zip(ours, alone, strict=True))
+            assert torch.equal(ours.context_BN[row : row + 1], alone.context_BN)
+            assert torch.equal(ours.subsequent_BM[row : row + 1], alone.subsequent_BM)
         for ours, alone in zip(batch._adapter.parameters(), single._adapter.parameters(), strict=True):
             torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-5)
 
@@ -264,7 +278,7 @@ def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
     stream.flush(eos_ids={0}, generator=torch.Generator())
     real = [(x[0], [token for token in y[0] if token != 7]) for x, y in absorbed.rounds]
     for number, (past, anchors) in enumerate(absorbed.given):
-        pairs = [(x[0].tolist(), y[0].tolist()) for x, y in past]
+        pairs = [(kept.context_BN[0].tolist(), kept.subsequent_BM[0].tolist()) for kept in past]
         assert len(pairs) == min(number, 2)
         assert all(pair in real[:number] for pair in pairs)
         assert torch.equal(anchors, write_from_nothing(backbone, ALL, sink_id=0))

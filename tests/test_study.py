@@ -7,11 +7,13 @@ import torch
 
 import absorber
 from absorber.adapter import Adapter
-from absorber.backbone import inspect, sentence_breaks, sink_token, untouched
+from absorber.backbone import inspect, sentence_breaks, sink_token, untouched, vocabulary
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError
+from absorber.notes import Notes, ask_about, choose_passages, given, make_guide, readable, take_notes
 from absorber.stream import Stream
-from absorber.study import begin, choose_passages, learn, make_guide, passages_of_steps, study_loss
+from absorber.study import begin, learn, rows_of_steps, study_loss
+from absorber.text import as_turn
 
 CONFIG = AbsorbConfig(
     rank=4,
@@ -33,6 +35,20 @@ def double(model):
 
 def some_tokens(*shape, seed=0):
     return torch.randint(40, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_notes(num_streams=1, *, num_questions=0, seed=0):
+    """Two passages of six tokens, of which two are a cue, and questions of eight, half of them answer."""
+    passages = some_tokens(num_streams, 2, 6, seed=seed)
+    questions = some_tokens(num_streams, num_questions, 8, seed=seed + 100)
+    return Notes(
+        torch.cat([given(passages[..., :2]), passages[..., 2:]], dim=-1),
+        torch.cat([given(questions[..., :4]), questions[..., 4:]], dim=-1),
+    )
+
+
+def breaks_of(tokenizer, model):
+    return sentence_breaks(vocabulary(tokenizer, model), 257)
 
 
 # --- What is studied
@@ -66,15 +82,17 @@ def slowly_chosen(model, row, config, sink_id, breaks):
 def test_choosing_equals_its_twin_stream_by_stream(double, tokenizer, changes, with_breaks):
     config, backbone = CONFIG.replace(**changes), inspect(double)
     sink_id = sink_token(double, tokenizer)
-    breaks_V = sentence_breaks(tokenizer, double) if with_breaks else None
+    breaks_V = breaks_of(tokenizer, double) if with_breaks else None
     texts = ("One. Two came. Three 4711 left!\nFour", "It was. A dog, 23 cats.\nAll of them")
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:35] for text in texts]
     ours = choose_passages(backbone, torch.tensor(rows), config, sink_id=sink_id, breaks_V=breaks_V)
-    assert ours.shape == (2, config.study_passages * config.study_tokens)
-    for row, passages in zip(rows, ours.reshape(2, -1, config.study_tokens).tolist(), strict=True):
+    assert ours.shape == (2, config.study_passages, config.study_tokens)
+    for row, passages in zip(rows, ours.tolist(), strict=True):
         expected = slowly_chosen(double, row, config, sink_id, breaks_V)
         assert len(expected) >= min(2, config.study_passages)
-        assert [[token for token in passage if token >= 0] for passage in passages if passage[0] >= 0] == expected
+        found = [[code for code in passage if code != -1] for passage in passages if passage[0] != -1]
+        cue = config.study_cue
+        assert found == [[-2 - token for token in passage[:cue]] + passage[cue:] for passage in expected]
 
 
 def test_a_text_shorter_than_a_passage_can_be_is_not_studied(backbone):
@@ -83,7 +101,7 @@ def test_a_text_shorter_than_a_passage_can_be_is_not_studied(backbone):
 
 
 def test_sentences_begin_after_their_end_and_after_lines(model, tokenizer):
-    breaks_V = sentence_breaks(tokenizer, model)
+    breaks_V = breaks_of(tokenizer, model)
     assert breaks_V.shape == (model.get_input_embeddings().num_embeddings,)
     ends = {tokenizer.decode([token_id]) for token_id in breaks_V.nonzero().flatten().tolist()}
     assert {".", "!", "?", "\n"} <= ends
@@ -98,11 +116,56 @@ def test_the_base_is_not_touched_by_choosing(model, backbone):
     assert [weight.requires_grad for weight in model.parameters()] == flags
 
 
-def test_the_guide_has_prompts_in_tokens_of_the_model(model, tokenizer):
-    guide = make_guide(tokenizer, model)
-    assert torch.equal(guide.breaks_V, sentence_breaks(tokenizer, model))
-    assert tokenizer.decode(guide.prompts[0]) == "\n\nQuestion:"
-    assert len(set(guide.prompts)) == len(guide.prompts) == 5
+def test_codes_are_read_as_what_they_stand_for():
+    token_ids = torch.tensor([0, 1, 256])
+    assert torch.equal(readable(given(token_ids)), token_ids)
+    assert torch.equal(given(given(token_ids)), given(token_ids))
+    assert (given(token_ids) < -1).all()
+    assert given(torch.tensor(-1)) == -1
+    assert readable(torch.tensor(-1)) == 0
+
+
+def test_a_question_is_read_and_its_answer_learned_in_two_forms(monkeypatch, backbone, model, tokenizer):
+    """An answer that is empty or has too little of the passage is put aside for the passage itself."""
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    config = CONFIG.replace(study="full", study_tokens=20, study_cue=4, study_written_tokens=80)
+    said = {"The key is 40316.": "It is 40316.", "The box is empty.": "I do not know!", "He left at noon.": ""}
+    passages = torch.full((1, 4, 20), -1)
+    for place, sentence in zip((0, 2, 3), said, strict=True):
+        passages[0, place, : len(sentence)] = torch.tensor(ids(sentence))
+    monkeypatch.setattr(
+        "absorber.notes.write_questions",
+        lambda backbone, sentences, *args, **sizes: [
+            (ids(" What?"), ids(f" {said[tokenizer.decode(sentence)]}" if said[tokenizer.decode(sentence)] else ""))
+            for sentence in sentences
+        ],
+    )
+    questions = ask_about(backbone, passages, make_guide(tokenizer, model), config, sink_id=0)[0]
+    assert questions.shape == (8, 80)
+    assert (questions[[1, 5]] == -1).all()
+    answers = ("It is 40316.", "The box is empty.", "He left at noon.")
+    for place, answer in zip((0, 2, 3), answers, strict=True):
+        forms = (("\nQuestion: What?\nAnswer:", f" {answer}"), (as_turn(tokenizer, "What?"), answer))
+        for row, (read, learned) in zip((place, place + 4), forms, strict=True):
+            codes = [-2 - token_id for token_id in ids(read)] + ids(learned)
+            assert questions[row].tolist() == [*codes, *[-1] * (80 - len(codes))][:80]
+
+
+def test_a_context_is_asked_about_if_study_is_full(backbone, model, tokenizer):
+    config, guide = CONFIG.replace(study_written_tokens=200), make_guide(tokenizer, model)
+    context = torch.tensor([tokenizer("One came. Two left at noon.\nThree stayed there. So it was.")["input_ids"]])
+    light = take_notes(backbone, context, config, sink_id=0, guide=guide)
+    full = take_notes(backbone, context, config.replace(study="full"), sink_id=0, guide=guide)
+    assert torch.equal(light.passages_BPS, full.passages_BPS)
+    assert (light.questions_BQT.shape, full.questions_BQT.shape) == ((1, 0, 200), (1, 6, 200))
+    assert (full.questions_BQT >= 0).any(dim=2).all()
+    again = Notes.of(full.passages_BPS[0].tolist(), full.questions_BQT[0].tolist(), config=config)
+    assert all(map(torch.equal, again, full))
+    again = Notes.of(light.passages_BPS[0].tolist(), light.questions_BQT[0].tolist(), config=config)
+    assert all(map(torch.equal, again, light))
 
 
 # --- Where it is kept
@@ -164,7 +227,7 @@ def test_to_begin_again_changes_nothing_before_study_and_after(backbone):
     begin(backbone, adapter, some_tokens(1, 24), None, CONFIG, sink_id=0)
     assert all(torch.equal(ours, before) for ours, before in zip(adapter.parameters(), first, strict=True))
     with untouched(backbone.model), adapter.attached(backbone):
-        learn(backbone, adapter, some_tokens(1, 12), [], CONFIG, sink_id=0, round_number=1)
+        learn(backbone, adapter, some_notes(), [], some_tokens(1, 9), CONFIG, sink_id=0, round_number=1)
     later = adapter.snapshot()
     begin(backbone, adapter, some_tokens(1, 24, seed=8), None, CONFIG, sink_id=0)
     assert all(torch.equal(ours, before) for ours, before in zip(adapter.parameters(), later, strict=True))
@@ -182,58 +245,82 @@ def test_without_study_an_adapter_has_no_such_part(backbone):
 # --- How it is learned
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_only_what_follows_the_cue_is_scored(model, backbone, together):
-    passages = some_tokens(1, 12)
-    short = passages.clone()
-    short[0, 5] = -1  # the first passage has five tokens
-    rows = [[0, *passages[0, :5].tolist(), *passages[0, 6:].tolist()]]
-    places = [3, 4, 5, 8, 9, 10, 11]
-    if not together:
-        rows = [[0, *passages[0, :5].tolist()], [0, *passages[0, 6:].tolist()]]
+def test_only_what_is_learned_is_scored(model, backbone):
+    rows = some_notes().passages_BPS
+    rows[0, 0, 5] = -1  # the first passage has five tokens
     with torch.no_grad():
-        loss = study_loss(backbone, short, CONFIG, sink_id=0, together=together)
-        log_q = [model(torch.tensor([row])).logits[0].log_softmax(dim=-1) for row in rows]
-    if together:
-        picked = [log_q[0][place - 1, rows[0][place]] for place in places]
-    else:
-        picked = [log_q[0][place - 1, rows[0][place]] for place in (3, 4, 5)]
-        picked += [log_q[1][place - 1, rows[1][place]] for place in (3, 4, 5, 6)]
+        loss = study_loss(backbone, rows, sink_id=0)
+        picked = []
+        for row, places in zip(readable(rows)[0].tolist(), ((2, 3, 4), (2, 3, 4, 5)), strict=True):
+            log_q = model(torch.tensor([[0, *row]])).logits[0].log_softmax(dim=-1)
+            picked += [log_q[place, row[place]] for place in places]
     torch.testing.assert_close(loss, -torch.stack(picked).mean()[None])
 
 
-def test_every_step_is_on_the_round_and_on_some_earlier_ones():
-    own, past = torch.full((1, 12), 50), [torch.full((1, 12), 60 + number) for number in range(5)]
-    steps = [passages[0].tolist() for passages in passages_of_steps(own, past, CONFIG, round_number=3)]
+def test_light_study_reads_every_passage_of_the_round_and_of_some_earlier_ones():
+    own, past = some_notes(), [some_notes(seed=seed) for seed in range(1, 6)]
+    steps = list(rows_of_steps(own, past, some_tokens(1, 9), CONFIG, round_number=3))
     assert len(steps) == CONFIG.study_steps
-    for passages in steps:
-        assert len(passages) == 12 * (1 + CONFIG.study_past)
-        assert passages.count(50) == 12
-        assert len(set(passages)) == 1 + CONFIG.study_past
-    assert {token for passages in steps for token in passages} == {50, 60, 61, 62, 63, 64}
-    assert len({tuple(passages) for passages in steps}) > CONFIG.study_steps // 2
-    again = [passages[0].tolist() for passages in passages_of_steps(own, past, CONFIG, round_number=3)]
-    assert steps == again
-    assert all(passages.shape == (1, 12) for passages in passages_of_steps(own, past[:0], CONFIG, round_number=1))
+    drawn = set()
+    for rows in steps:
+        assert rows.shape == (1, 2 * (1 + CONFIG.study_past), 6)
+        assert torch.equal(rows[:, :2], own.passages_BPS)
+        for pair in rows[:, 2:].split(2, dim=1):
+            drawn.add(next(place for place, notes in enumerate(past) if torch.equal(notes.passages_BPS, pair)))
+    assert drawn == set(range(5))
+    again = rows_of_steps(own, past, some_tokens(1, 9), CONFIG, round_number=3)
+    assert all(map(torch.equal, steps, again))
+    first = rows_of_steps(own, [], some_tokens(1, 9), CONFIG, round_number=1)
+    assert all(torch.equal(rows, own.passages_BPS) for rows in first)
 
 
-def test_what_is_studied_is_learned_alone_and_after_other_text(backbone):
+def test_full_study_takes_its_three_forms_in_turn():
+    config, text = CONFIG.replace(study="full", study_written_tokens=8), some_tokens(1, 50, seed=9)
+    own, past = some_notes(num_questions=4), [some_notes(num_questions=4, seed=seed) for seed in range(1, 6)]
+    steps = list(rows_of_steps(own, past, text, config, round_number=3))
+    assert len(steps) == 3 * config.study_steps
+    known = [row.tolist() for notes in (own, *past) for part in notes for row in part[0]]
+    pieces = {tuple(given(text[0, start : start + 32]).tolist()) for start in range(19)}
+    forms = [set(), set()]
+    for alone, asked, among in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
+        assert torch.equal(alone[:, :2], own.passages_BPS)
+        assert asked.shape == (1, 4, 8)
+        for index, row in enumerate(asked[0, :2].tolist()):  # about each passage of the round, in either form
+            found = own.questions_BQT[0].tolist().index(row)
+            assert found % 2 == index
+            forms[index].add(found)
+        assert all(row in known for row in asked[0].tolist())
+        assert among.shape == (1, 1, 2 * (32 + 8))
+        codes = [code for code in among[0, 0].tolist() if code != -1]
+        assert among[0, 0, len(codes) :].eq(-1).all()  # nothing but at the end
+        for _ in range(2):
+            assert tuple(codes[:32]) in pieces
+            codes = codes[32:]
+            row = next(row for row in known if codes[: len(row)] == row)
+            codes = codes[len(row) :]
+        assert not codes
+    assert forms == [{0, 2}, {1, 3}]
+
+
+@pytest.mark.parametrize("study", ["light", "full"])
+def test_what_is_studied_is_learned(backbone, model, tokenizer, study):
     """The same rounds with and without: the passages of the first context become likelier by far."""
-    token_ids = some_tokens(2, 60, seed=1)
-    losses, adapters = {}, {}
-    for study in ("off", "light"):
-        config = CONFIG.replace(study=study, study_learning_rate=2e-2, rollback="nonfinite", max_steps=4)
-        adapters[study] = adapter = Adapter.fresh(backbone, config, num_streams=2)
-        stream = Stream(backbone, adapter, config, StreamConfig(context_tokens=20, sync_tokens=20), sink_id=0)
+    token_ids, guide = some_tokens(2, 60, seed=1), make_guide(tokenizer, model)
+    losses = {}
+    for kind in ("off", study):
+        config = CONFIG.replace(study=kind, study_learning_rate=2e-2, rollback="nonfinite", max_steps=4)
+        config = config.replace(study_written_tokens=200, study_steps=16)
+        adapter = Adapter.fresh(backbone, config, num_streams=2)
+        sizes = StreamConfig(context_tokens=20, sync_tokens=20)
+        stream = Stream(backbone, adapter, config, sizes, sink_id=0, guide=guide)
         stream.append(token_ids)
-        passages = choose_passages(backbone, token_ids[:, :20], CONFIG, sink_id=0, breaks_V=None)
+        notes = take_notes(backbone, token_ids[:, :20], config.replace(study=study), sink_id=0, guide=guide)
         with torch.no_grad(), adapter.attached(backbone):
-            losses[study] = [
-                study_loss(backbone, passages, CONFIG, sink_id=0, together=together) for together in (False, True)
-            ]
-        assert [kept.shape for kept in stream.studied.items] == ([(2, 18)] * 2 if study == "light" else [])
-    for light, off in zip(losses["light"], losses["off"], strict=True):
-        assert (light < off - 0.5).all()
+            rows = (notes.passages_BPS, notes.questions_BQT) if study == "full" else (notes.passages_BPS,)
+            losses[kind] = [study_loss(backbone, part, sink_id=0) for part in rows]
+        assert len(stream.studied.items) == (0 if kind == "off" else 2)
+    for studied, off in zip(losses[study], losses["off"], strict=True):
+        assert (studied < off - 0.5).all()
 
 
 def test_each_part_is_trained_by_its_own_text(backbone):
@@ -246,7 +333,7 @@ def test_each_part_is_trained_by_its_own_text(backbone):
             weight[:, :, :4] = 0.01
     before = adapter.snapshot()
     with untouched(backbone.model), adapter.attached(backbone):
-        learn(backbone, adapter, some_tokens(1, 12), [], config, sink_id=0, round_number=1)
+        learn(backbone, adapter, some_notes(), [], some_tokens(1, 9), config, sink_id=0, round_number=1)
     after = adapter.snapshot()
     for index in range(0, len(before), 2):
         assert torch.equal(before[index], after[index])
@@ -263,7 +350,7 @@ def test_each_part_is_trained_by_its_own_text(backbone):
 
 @pytest.mark.parametrize("study", ["light", "full"])
 def test_a_session_studies(model, tokenizer, study):
-    config = CONFIG.replace(study=study, max_steps=2, study_steps=3, study_written_tokens=16)
+    config = CONFIG.replace(study=study, max_steps=2, study_steps=3, study_written_tokens=30)
     stream = StreamConfig(context_tokens=32, sync_tokens=32)
     with absorber.Session(model, tokenizer, config, stream) as session:
         session.append("Nobody came. The pass key is 40316. They left at noon, and took all they had with them.\n" * 2)
@@ -271,6 +358,7 @@ def test_a_session_studies(model, tokenizer, study):
         changed = any(up[:, :, 4:].any() for up in session.memory.adapter.up.values())
     assert studied
     assert changed
-    for kept in studied:
-        assert kept.shape == (1, 18)
-        assert (kept >= 0).any()
+    for notes in studied:
+        assert notes.passages_BPS.shape == (1, 3, 6)
+        assert notes.questions_BQT.shape == (1, 6 if study == "full" else 0, 30)
+        assert (notes.passages_BPS >= 0).any()

@@ -248,11 +248,9 @@ class AbsorbConfig(_Settings):
         for name in ("replay_share", "anchor_share"):
             self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check_counts("warmup_steps", "seed", at_least=0)
-        self.check(
-            "settling_rounds",
-            self.settling_rounds is None or 0 < self.settling_rounds < math.inf,
-            "above zero, or left out",
-        )
+        for name in ("settling_rounds", "alpha"):
+            value = getattr(self, name)
+            self.check(name, value is None or 0 < value < math.inf, "above zero, or left out")
         self.check("learning_rate", 0 < self.learning_rate < math.inf, "above zero")
         self.check("threshold", self.threshold is None or self.threshold >= 0, "zero or more, or left out")
         self.check("gradient_clip", self.gradient_clip is None or self.gradient_clip > 0, "above zero, or left out")

@@ -8,7 +8,7 @@ from absorber.backbone import inspect, sink_token
 from absorber.bench import recall
 from absorber.bench.facts import draw_facts
 from absorber.bench.figures import draw_recall, recall_rows
-from absorber.bench.methods import METHODS, LoRA, Setting
+from absorber.bench.methods import METHODS, LoRA, Method, Reader, Setting
 from absorber.bench.recall import Recall, ask
 from absorber.bench.records import read_records
 from absorber.bench.runner import Listener, run_task
@@ -91,8 +91,40 @@ def test_who_is_asked_what_and_with_what_in_view(planted, model, tokenizer, monk
     assert set(found) == {(place, wording) for place in (0, 2) for wording in ("text", "other")}
     for (place, _), (full, contextless, windowed) in found.items():
         assert torch.equal(full, ids[:, 160 * place : 160 * (place + 1)])
-        assert contextless.shape == (2, 0)
-        assert torch.equal(windowed, ids[:, -64:])
+        assert contextless.shape == (4, 0)  # two questions a stream
+        assert torch.equal(windowed, ids[:, -64:].repeat_interleave(2, dim=0))
+
+
+def test_a_reader_is_told_each_question_and_asked_that_one_after_it(planted, model, tokenizer, monkeypatch):
+    class Echo(Reader):
+        def windowed(self, questions=None):
+            return torch.tensor([question[:20] for question in questions])
+
+    class Echoing(Method):
+        def begin(self, setting):
+            return Echo(setting)
+
+    seen = []
+
+    def watched(setting, prefix_QT, asked, wording, tokenize):
+        if prefix_QT.shape[1] == 20:
+            seen.append([tokenize(fact.prompts[wording])[:20] for own in asked for fact in own])
+            assert prefix_QT.tolist() == seen[-1]
+        return {"recall_exact": [0.0] * 4, "recall_nll": [1.0] * 4}
+
+    monkeypatch.setattr(recall, "ask", watched)
+    list(TASK.measure(Echoing(), inspect(model), planted, sink_id=0))
+    assert [len(questions) for questions in seen] == [4] * 4  # two ages in two wordings
+
+
+def test_each_question_may_have_a_prefix_of_its_own(model, tokenizer, planted):
+    where, asked = setting(model, tokenizer), [facts[:2] for facts in planted.facts]
+    prefix_QT = torch.randint(40, 90, (4, 7), generator=torch.Generator().manual_seed(0))
+    together = ask(where, prefix_QT, asked, "text", planted.tokenize)["recall_nll"]
+    for index, nll in enumerate(together):
+        own = [[asked[index // 2][index % 2]]]
+        alone = ask(where, prefix_QT[index : index + 1], own, "text", planted.tokenize)["recall_nll"]
+        assert alone == pytest.approx([nll], rel=1e-4)
 
 
 def decoded_greedily(model, token_ids, count):

@@ -21,14 +21,17 @@ def test_help_names_the_program(cli, arguments):
 
 def test_help_lists_every_command(cli):
     listed = cli("--help").out
-    assert all(name in listed for name in (*COMMANDS, "demo"))
+    assert all(name in listed for name in (*COMMANDS, "demo", "report"))
 
 
 def test_version(cli):
     assert cli("--version").out.strip() == __version__
 
 
-@pytest.mark.parametrize("command", [(), ("absorb",), ("ask",), ("stream",), ("chat",), ("doctor",), ("plan",)])
+@pytest.mark.parametrize(
+    "command",
+    [(), ("absorb",), ("ask",), ("stream",), ("chat",), ("doctor",), ("plan",), ("report",)],
+)
 def test_help_imports_no_torch(command):
     script = (
         "import sys\nfrom absorber.cli import run\n"

@@ -110,39 +110,27 @@ def student_loss(
     return loss
 
 
-def study_loss(model, lora, passages, config, sink, *, together=False):
-    """Mean next-token loss over all passages, without their cues: each after the sink alone, or after those before."""
-    picked, before = [], []
-    for passage in passages:
-        _, _, logits = read(lora.run, model, [*sink, *before, *passage], first=len(sink) + len(before))
-        for place in range(config.study_cue, len(passage)):
-            picked.append(-logits[place - 1].log_softmax(dim=-1)[passage[place]])
-        before = [*before, *passage] if together else []
+def study_loss(model, lora, rows, sink):
+    """Mean next-token loss over what is learned of all rows, each read by itself. Codes: absorber.notes."""
+    picked = []
+    for row in rows:
+        ids = [code if code >= 0 else -2 - code for code in row if code != -1]
+        learned = [code >= 0 for code in row if code != -1]
+        if not ids:
+            continue
+        _, _, logits = read(lora.run, model, [*sink, *ids], first=len(sink))
+        for place in range(1, len(ids)):
+            if learned[place]:
+                picked.append(-logits[place - 1].log_softmax(dim=-1)[ids[place]])
     return torch.stack(picked).mean()
 
 
-def written_loss(model, lora, context, texts, config, sink):
-    """KL between the base that reads each text after X and the student that reads it alone."""
-    student, teacher = [], []
-    for text in texts:
-        with torch.no_grad():
-            teacher.append(read(plain, model, [*sink, *context, *text], first=len(sink) + len(context))[2])
-        student.append(read(lora.run, model, [*sink, *text], first=len(sink))[2])
-    return losses.kl(torch.cat(student), [(torch.cat(teacher), 1.0)])
-
-
-def learn(model, lora, studies, config, sink, context, texts):
-    """Study: B of the last ranks learns the passages of each step. If there are written texts, the steps are in turn on
-    passages alone, on passages one after another, and on those texts."""
+def learn(model, lora, studies, config, sink):
+    """Study: B of the last ranks learns the rows of each step."""
     ups = [up for name, up in lora.up.items()]
     optimizer = torch.optim.AdamW(ups, lr=config.study_learning_rate, weight_decay=0.0)
-    for step, passages in enumerate(studies):
-        turn = step % 3 if texts else 0
-        if turn == 2:
-            loss = written_loss(model, lora, context, texts, config, sink)
-        else:
-            loss = study_loss(model, lora, passages, config, sink, together=turn == 1)
-        gradients = torch.autograd.grad(loss, ups)
+    for step, rows in enumerate(studies):
+        gradients = torch.autograd.grad(study_loss(model, lora, rows, sink), ups)
         for gradient in gradients:
             gradient[:, : config.rank] = 0
         for up, gradient in zip(ups, clipped(gradients, config), strict=True):
@@ -193,14 +181,14 @@ def absorb_context(
     replayed=(),
     anchor_texts=(),
     studies=None,
-    written=(),
     plan=None,
+    number=1,
 ):
     """Algorithm 1. Trains `lora` in place; returns (losses on its own text, whether the round was rolled back).
 
-    `studies` has for every step of study, before the others, the passages to be learned by heart; `written` has the
-    texts about X, if study is full.
+    `studies` has for every step of study, before the others, the rows that it is on.
     `plan` has for every step "own", "anchor", or the number of a pair (X, Y) in `replayed`; all own by default.
+    `number` is that of the round, from 1.
     """
     plan = plan or ["own"] * config.max_steps
     whole, judged = subsequent, config.held_out_tokens
@@ -231,10 +219,13 @@ def absorb_context(
         options = {"pieces": pieces, "is_anchor": kind == "anchor"}
         return student_loss(model, lora, len(x), y, target, before, config, sink, generated, **options)
 
+    peak = config.learning_rate
+    if config.settling_rounds is not None:
+        peak /= (1 + (number - 1) / config.settling_rounds) ** 0.5
     trace = []
     if studies:
         trace.append(loss_at(0, "own").item())
-        learn(model, lora, studies, config, sink, context, written)
+        learn(model, lora, studies, config, sink)
     for step in range(config.max_steps):
         loss = loss_at(step, plan[step])
         if plan[step] == "own":
@@ -249,7 +240,7 @@ def absorb_context(
                 down[config.rank :], up[:, config.rank :] = 0, 0
         for leaf, gradient in zip(lora.leaves(), clipped(gradients, config), strict=True):
             leaf.grad = gradient
-        optimizer.param_groups[0]["lr"] = learning_rate(config.learning_rate, step, config.max_steps, config)
+        optimizer.param_groups[0]["lr"] = learning_rate(peak, step, config.max_steps, config)
         optimizer.step()
     else:
         with torch.no_grad():

@@ -10,9 +10,10 @@ from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.lessons import Lesson, Lessons, Past, Reservoir
+from absorber.notes import Notes, given
 from absorber.optimizer import new_optimizer
 from absorber.student import synchronization_loss
-from absorber.study import passages_of_steps
+from absorber.study import rows_of_steps
 from absorber.teacher import teach
 from reference import algorithms as twin
 from reference.lora import PlainLora
@@ -195,6 +196,7 @@ LESSONS = {
     "anchor_share": 0.4,
     "anchor_texts": 3,
     "anchor_tokens": 5,
+    "settling_rounds": 2.0,
     "adam_epsilon": 1e-4,  # or Adam makes a whole step of a gradient that is nothing but rounding errors
 }
 STUDY = {
@@ -239,20 +241,22 @@ def plan_of(own, past, anchors, config, round_number):
             plan.append("anchor")
             texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
         else:
-            plan.append(next(place for place, (x, _) in enumerate(past) if x is lesson.context_BN))
+            plan.append(next(place for place, kept in enumerate(past) if kept is lesson.past))
     return plan, texts
 
 
-def passages_in(context_BN, config):
-    """Two passages of a context, the second a token shorter."""
-    passages_BS = context_BN[:, : 2 * config.study_tokens].clone()
-    passages_BS[:, -1] = -1
-    return passages_BS
-
-
-def as_lists(passages_S, config):
-    """The passages of one stream, without what fills them up."""
-    return [[token for token in row if token >= 0] for row in passages_S.reshape(-1, config.study_tokens).tolist()]
+def notes_in(context_BN, subsequent_BM, config):
+    """Two passages of a context, the second a token shorter, and if study is full four questions."""
+    size = config.study_tokens
+    passages_BPS = context_BN[:, : 2 * size].reshape(-1, 2, size).clone()
+    passages_BPS[:, 1, -1] = -1
+    passages_BPS[:, :, : config.study_cue] = given(passages_BPS[:, :, : config.study_cue])
+    count, size = 4 * (config.study == "full"), config.study_written_tokens
+    questions_BQT = (
+        subsequent_BM.flip(1).repeat(1, 3)[:, : count * size].reshape(len(subsequent_BM), count, size).clone()
+    )
+    questions_BQT[:, :, :2] = given(questions_BQT[:, :, :2])
+    return Notes(passages_BPS, questions_BQT)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +279,10 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
         context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
         past = list(reservoir.items)
         plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), past, anchors, config, number)
-        study_BS, written_BT, studies = None, None, []
+        notes, studies = None, []
         if config.study != "off":
-            study_BS = passages_in(context_BN, config)
-            studies = list(passages_of_steps(study_BS, studied, config, round_number=number))
-        if config.study == "full":
-            written_BT = subsequent_BM[:, 1:11].flip(1)
+            notes = notes_in(context_BN, subsequent_BM, config)
+            studies = list(rows_of_steps(notes, studied, subsequent_BM, config, round_number=number))
         seen |= set(plan)
         results = absorb_context(
             backbone,
@@ -290,8 +292,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             config,
             sink_id=SINK,
             num_generated=3,
-            study_BS=study_BS,
-            written_BT=written_BT,
+            notes=notes,
             studied=studied,
             past=past,
             anchors=anchors,
@@ -308,11 +309,11 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
                 sink_id=SINK,
                 num_generated=3,
                 optimizer=twin_optimizers[b],
-                replayed=[(x[b].tolist(), y[b].tolist()) for x, y in past],
+                replayed=[(kept.context_BN[b].tolist(), kept.subsequent_BM[b].tolist()) for kept in past],
                 anchor_texts=texts,
-                studies=[as_lists(rows[b], config) for rows in studies],
-                written=[] if written_BT is None else written_BT[b].reshape(2, 5).tolist(),
+                studies=[rows[b].tolist() for rows in studies],
                 plan=plan,
+                number=number,
             )
             assert results[b].losses == pytest.approx(losses, rel=1e-4)
             assert (results[b].rolled_back, results[b].num_steps) == (undone, config.max_steps)
@@ -320,7 +321,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
                 torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
         reservoir.add(Past(context_BN, subsequent_BM), round_number=number)
-        studied += [] if study_BS is None else [study_BS]
+        studied += [] if notes is None else [notes]
     assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
     assert ({0, 1} <= seen) == (config.replay_rounds > 0)
 

@@ -46,7 +46,7 @@ def deduced(model, lora, token_ids, config, *, eos_ids, max_new_tokens):
 
     def absorb(context, subsequent):
         rounds.append((context, subsequent))
-        twin.absorb_context(model, lora, context, subsequent, config, sink_id=0)
+        twin.absorb_context(model, lora, context, subsequent, config, sink_id=0, number=len(rounds))
 
     written, window = twin.deduce(
         next_token,

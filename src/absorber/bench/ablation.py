@@ -68,7 +68,7 @@ _PAPER = {
     name: value for name, value in PRESETS["paper"].absorb.to_dict().items() if value != AbsorbConfig().to_dict()[name]
 } | {"threshold": None, "sink": "shared"}
 # As published: next-token loss on the round's own text.
-_TEMP_LORA = _NEXT_TOKEN | {"segments": (1,), "replay_rounds": 0, "anchor_share": 0.0}
+_TEMP_LORA = _NEXT_TOKEN | {"segments": (1,), "replay_rounds": 0, "anchor_share": 0.0, "settling_rounds": None}
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -165,19 +165,28 @@ TABLES: dict[str, Table] = {
     ),
     "learning_rate": Table(
         asks="Which learning rate?",
-        variants={f"{rate:.0e}": {"learning_rate": rate} for rate in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)},
+        variants={f"{rate:.0e}": {"learning_rate": rate} for rate in (2e-5, 4e-5, 7e-5, 1.4e-4, 3e-4)},
+    ),
+    "settling": Table(
+        asks="Should the learning rate fall over the rounds?",
+        variants={
+            "by half in 75 rounds": {},
+            "by half in 24 rounds": {"settling_rounds": 8.0},
+            "never": {"settling_rounds": None},
+        },
     ),
     "replay": Table(
         asks="Does training on earlier rounds again help, and how many must be kept?",
-        variants={"off": {"replay_rounds": 0}, **{f"{count} rounds": {"replay_rounds": count} for count in (3, 8)}},
+        variants={"off": {"replay_rounds": 0}, **{f"{count} rounds": {"replay_rounds": count} for count in (3, 64)}},
     ),
     "anchors": Table(
         asks="Do texts on which the model should stay as it is help?",
         variants={
             "off": {"anchor_share": 0.0},
-            "share .2 of 16 texts": {},
-            "share .2 of 128 texts": {"anchor_texts": 128},
-            "share .4 of 128 texts": {"anchor_texts": 128, "anchor_share": 0.4},
+            "share .3 of 64 texts": {},
+            "share .3 of 16 texts": {"anchor_texts": 16},
+            "share .15 of 64 texts": {"anchor_share": 0.15},
+            "share .5 of 64 texts": {"anchor_share": 0.5},
         },
     ),
     "segments": Table(
@@ -195,8 +204,8 @@ TABLES: dict[str, Table] = {
     "optimizer": Table(
         asks="Which optimizer, at the best of three learning rates?",
         variants={
-            "adamw 5e-05": {},
-            "adamw 5e-05, epsilon 1e-3": {"adam_epsilon": 1e-3},
+            "adamw 7e-05": {},
+            "adamw 7e-05, epsilon 1e-3": {"adam_epsilon": 1e-3},
             **{
                 f"{name} {rate:.0e}": {"optimizer": name, "learning_rate": rate}
                 for name, rates in (

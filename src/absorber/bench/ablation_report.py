@@ -32,6 +32,8 @@ class Section:
     """Where the paper's figures are from."""
     contradictions: list[str] = field(default_factory=list)
     """Where our order is not the paper's."""
+    figures: dict[str, Figures] = field(default_factory=dict)
+    """The records behind the rows, by variant."""
 
 
 def ablation_sections(records: Sequence[Record]) -> list[Section]:
@@ -103,7 +105,7 @@ def _section(table: str, setting: str, variants: Mapping[str, Figures]) -> Secti
         theirs = next((group.values[name] for group in published if name in group.values), None)
         cells += [f"{value:g}" for value in theirs] if theirs else [""] * len(metrics)
         rows.append(tuple(cells))
-    section = Section(table, f"{known.asks if known else table} {setting}", heads, rows)
+    section = Section(table, f"{known.asks if known else table} {setting}", heads, rows, figures=dict(variants))
     if published:
         where = f"table {published[0].table}: LLaMA2-7B on {published[0].dataset}, {' and '.join(metrics)}"
         section.sources.append(

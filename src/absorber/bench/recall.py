@@ -4,7 +4,7 @@ Facts are planted in the text of every round. Some rounds later they are asked f
 (windowed) or the memory alone (contextless), in the wording of the text and in another. The yardstick is the same model
 with the fact's own context in view.
 
-Shapes: B streams, T tokens.
+Shapes: B streams, T tokens, Q questions.
 """
 
 import random
@@ -20,7 +20,7 @@ from torch import Tensor
 from absorber.backbone import forward_states, untouched
 from absorber.bench.data import documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
-from absorber.bench.methods import Reader, Setting
+from absorber.bench.methods import Questions, Reader, Setting
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.errors import BenchmarkError
@@ -106,8 +106,9 @@ class Recall(Task):
                     texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.tokenize)
                 answers = {"full": texts.in_view[planted, wording]}
                 with reader.speaking():
-                    for view, prefix_BT in (("contextless", reader.contextless()), ("windowed", reader.windowed())):
-                        answers[view] = ask(setting, prefix_BT, asked, wording, texts.tokenize)
+                    for view, read in (("contextless", reader.contextless), ("windowed", reader.windowed)):
+                        prefix_QT = _before_each(read, asked, wording, texts.tokenize)
+                        answers[view] = ask(setting, prefix_QT, asked, wording, texts.tokenize)
                 for view, metrics in answers.items():
                     found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
         return found
@@ -174,10 +175,22 @@ def _plant(
     return row + list(plain[used : used + task.sync_tokens])
 
 
+def _before_each(
+    read: Callable[[Questions], Tensor],
+    asked: Sequence[Sequence[Fact]],
+    wording: Wording,
+    tokenize: Callable[[str], list[int]],
+) -> Tensor:
+    """What a reader puts before each question [Q, T], those of the first stream first."""
+    places = range(len(asked[0]))
+    of_place = [read([tokenize(own[place].prompts[wording]) for own in asked]) for place in places]
+    return torch.stack(of_place, dim=1).flatten(0, 1)
+
+
 @torch.no_grad()
 def ask(
     setting: Setting,
-    prefix_BT: Tensor,
+    prefix_QT: Tensor,
     asked: Sequence[Sequence[Fact]],
     wording: Wording,
     tokenize: Callable[[str], list[int]],
@@ -189,7 +202,8 @@ def ask(
 
     Args:
         setting: Model and sink.
-        prefix_BT: What is read before the question; may have no tokens.
+        prefix_QT: What is read before a question, a row for each or a row for all those of a stream; may have no
+            tokens.
         asked: The same number of facts for each stream.
         wording: Of the questions.
         tokenize: Without special tokens.
@@ -199,10 +213,11 @@ def ask(
     """
     backbone = setting.backbone
     rows: list[tuple[list[int], list[int]]] = []
-    for prefix, own in zip(prefix_BT.tolist(), asked, strict=True):
-        for fact in own:
-            prompt = tokenize(("\n" if prefix else "") + fact.prompts[wording])
-            rows.append(([setting.sink_id, *prefix, *prompt], tokenize(fact.answer)))
+    facts = [fact for own in asked for fact in own]
+    prefixes = prefix_QT.repeat_interleave(len(facts) // len(prefix_QT), dim=0).tolist()
+    for prefix, fact in zip(prefixes, facts, strict=True):
+        prompt = tokenize(("\n" if prefix else "") + fact.prompts[wording])
+        rows.append(([setting.sink_id, *prefix, *prompt], tokenize(fact.answer)))
     longest = max(len(before) + len(answer) for before, answer in rows)
     padded = [before + answer + [setting.sink_id] * (longest - len(before) - len(answer)) for before, answer in rows]
     with untouched(backbone.model):

@@ -31,7 +31,8 @@ def recall(
     What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
 
     Args:
-        methods: full, truncation, sink, temp-lora, dcd, absorber-paper, absorber; all if left out.
+        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber; these if
+            left out. Other packages may have more.
         data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt.
         output: File of records, one JSON object a line.
         kind: What is streamed: books, dialogues, encyclopedia, code.
@@ -39,8 +40,8 @@ def recall(
         rounds: Contexts absorbed.
         streams: Streams in one batch.
         seed: Of streams, facts and methods.
-        config: TOML file with a table [recall] (context_tokens, sync_tokens, num_facts, ages) and one [absorb], which
-            changes the method absorber.
+        config: TOML file with a table [recall] (context_tokens, sync_tokens, num_facts, ages), one [absorb], which
+            changes the method absorber, and one for any other method, such as [ttt].
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
         json: Write one JSON object per line to stdout.

@@ -62,15 +62,16 @@ def run_methods(
     model: str | None,
     device: str,
 ) -> "list[Record]":
-    """Load the model and measure methods, all if none is named; the table [absorb] changes the method absorber."""
-    from absorber.bench.methods import METHODS, LoRA, method
+    """Load the model and measure methods, all of ours if none is named.
+
+    A table with the name of a method changes that method; so does [absorb] the method absorber.
+    """
+    from absorber.bench.methods import METHODS, method
     from absorber.bench.runner import run_task
 
     chosen = {name: method(name) for name in names or METHODS}
-    if tables.get("absorb") and "absorber" in chosen:
-        own = chosen["absorber"]
-        assert isinstance(own, LoRA)
-        chosen["absorber"] = LoRA(own.absorb_config.replace(**tables["absorb"]))
+    settings = tables | {"absorber": tables.get("absorb", {}) | tables.get("absorber", {})}
+    chosen = {name: way.replace(**settings.get(name, {})) for name, way in chosen.items()}
     loaded = open_model(model, report, device=device)
     return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from absorber.bench.methods.reader import Method, Reader, Setting
+from absorber.bench.methods.reader import Method, Questions, Reader, Setting
 
 # What is scored after the text needs positions too.
 _RESERVED_TOKENS = 1024
@@ -14,7 +14,7 @@ class _FullReader(Reader):
         limit = self.setting.backbone.max_positions
         return 10**9 if limit is None else limit - _RESERVED_TOKENS
 
-    def contextless(self) -> Tensor:
+    def contextless(self, questions: Questions | None = None) -> Tensor:
         return self.recent_BT
 
 

@@ -34,6 +34,10 @@ class LoRA(Method):
         """All fields of the settings."""
         return self.absorb_config.replace(seed=0).to_dict()
 
+    def replace(self, **changes: Any) -> "LoRA":
+        """Return the same with other settings of a round."""
+        return LoRA(self.absorb_config.replace(**changes))
+
 
 class LoRAReader(Reader):
     """B streams with an adapter each."""

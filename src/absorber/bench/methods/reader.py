@@ -5,15 +5,21 @@ Shapes: B streams, T tokens.
 
 import abc
 import contextlib
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone
 from absorber.config import StreamConfig
+from absorber.errors import ConfigError
 from absorber.notes import Guide
+
+Questions = Sequence[Sequence[int]]
+"""For each stream the token ids of a question that follows; a method that searches what it has read looks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +58,12 @@ class Reader:
         """Read what comes next: the first m tokens at first, then n a round."""
         self.recent_BT = torch.cat([self.recent_BT, token_ids_BT], dim=1)[:, -self.kept_tokens :]
 
-    def windowed(self) -> Tensor:
-        """What stands before a passage that follows the stream [B, T]."""
+    def windowed(self, questions: Questions | None = None) -> Tensor:
+        """What stands before a passage, or one question a stream, that follows the stream [B, T]."""
         return self.recent_BT
 
-    def contextless(self) -> Tensor:
-        """What stands before a passage when the window is taken away [B, T]."""
+    def contextless(self, questions: Questions | None = None) -> Tensor:
+        """What stands before a passage, or one question a stream, when the window is taken away [B, T]."""
         return self.recent_BT[:, :0]
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
@@ -75,3 +81,20 @@ class Method(abc.ABC):
     def config(self) -> dict[str, Any]:
         """What a record says of the method's settings."""
         return {}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same method with some settings changed: those of a dataclass are its fields.
+
+        Raises:
+            ConfigError: If a setting is unknown or out of range.
+        """
+        known: list[str] = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{type(self).__name__} has no setting {', '.join(unknown)}; there are {', '.join(known) or 'none'}"
+            )
+        try:
+            return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        except TypeError as error:
+            raise ConfigError(f"a setting of {type(self).__name__} is of a wrong type: {error}") from error

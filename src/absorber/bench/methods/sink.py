@@ -7,7 +7,7 @@ keys and values have not seen what left it.
 import torch
 from torch import Tensor
 
-from absorber.bench.methods.reader import Method, Reader, Setting
+from absorber.bench.methods.reader import Method, Questions, Reader, Setting
 
 _FIRST_TOKENS = 4
 
@@ -22,10 +22,10 @@ class _SinkReader(Reader):
             self._first_BT = token_ids_BT[:, :_FIRST_TOKENS]
         super().read(token_ids_BT)
 
-    def windowed(self) -> Tensor:
+    def windowed(self, questions: Questions | None = None) -> Tensor:
         return torch.cat([self._first_BT, self.recent_BT], dim=1)
 
-    def contextless(self) -> Tensor:
+    def contextless(self, questions: Questions | None = None) -> Tensor:
         return self._first_BT
 
 

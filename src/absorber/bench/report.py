@@ -1,0 +1,122 @@
+"""A report of records: what was measured, beside the paper, what it costs, and what was not run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absorber.bench.records import Record, model_label, read_records
+from absorber.bench.report_cost import cost_figure, cost_table
+from absorber.bench.report_curves import curves
+from absorber.bench.report_layout import Gallery, Report, Section, Table
+from absorber.bench.report_missing import TASKS, gaps, matrix
+from absorber.bench.report_paper import ablated_tables, printed_tables
+from absorber.bench.report_tables import BY_ROUND, groups, tables
+from absorber.errors import BenchmarkError, MissingExtraError
+
+_PAPER = (
+    "The paper (arXiv 2604.20915) has LLaMA2-7B on one RTX 4080 SUPER. Model, data and metrics are not ours, so only "
+    "orders compare."
+)
+_LAST = " Of figures taken round by round the tables have the last, the curves all."
+
+
+def read_all(files: Sequence[Path]) -> list[Record]:
+    """Read files of records; a record that stands in several, or twice in one, counts once.
+
+    Raises:
+        BenchmarkError: If there are no files, one is missing, empty, not text or damaged.
+    """
+    if not files:
+        raise BenchmarkError("there are no files of records; give some, such as records/*/*.jsonl")
+    found: dict[str, Record] = {}
+    for path in files:
+        if not path.is_file():
+            raise BenchmarkError(f"there is no file {path}; give files of records")
+        try:
+            own = read_records(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BenchmarkError(f"cannot read {path}: {error}; give files of records") from error
+        if not own:
+            raise BenchmarkError(f"{path} has no records; run absorber bench, or leave the file out")
+        for record in own:
+            _check(record, path)
+            found.setdefault(repr(record), record)
+    return list(found.values())
+
+
+def _check(record: Record, path: Path) -> None:
+    """Look for what a damaged record would fail at later, where nobody would know why."""
+    task = record.config.get("task", {}) if isinstance(record.config, dict) else None
+    numbers = (record.value, record.num_samples, record.context_length, record.round, record.seed)
+    texts = (record.task, record.method, record.model, record.metric, record.unit, record.device, record.git)
+    if (
+        not isinstance(task, dict)
+        or (record.task == "ablation" and not {"table", "variant"} <= set(record.config))
+        or not all(isinstance(value, int | float) for value in numbers)
+        or not all(isinstance(text, str) for text in texts)
+    ):
+        line = json.dumps({"task": record.task, "method": record.method, "metric": record.metric}, default=str)
+        raise BenchmarkError(
+            f"{path} holds a damaged record, {line}: a field is missing or of a wrong type. Delete its line"
+        )
+
+
+def make_report(records: Sequence[Record]) -> Report:
+    """Lay out a report.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("the report's figures need matplotlib: pip install 'absorber[bench]'") from error
+    own = list(records)
+    tasks = [task for task in dict.fromkeys([*TASKS, *(record.task for record in own)]) if task != "ablation"]
+    sections = [_of_task(task, [record for record in own if record.task == task]) for task in tasks]
+    sections = [section for section in sections if section.parts]
+    sections.append(Section("cost-quality", "Cost against quality", [_COST], _cost(own)))
+    sections.append(Section("paper", "The paper's tables 1 to 4 beside ours", [_PAPER], list(printed_tables(own))))
+    ablations = Section("ablations", "Ablations, and the paper's tables 5 to 7", [_PAPER], list(ablated_tables(own)))
+    missing = Section("not-run", "What was not run", gaps(own), [matrix(own)])
+    return Report(own, _facts(own), [*sections, ablations, missing])
+
+
+_COST = "Wall time of reading and absorbing a stream, from the records of retention, against the gap that is closed."
+
+
+def _cost(records: Sequence[Record]) -> list[Table | Gallery]:
+    parts: list[Table | Gallery] = []
+    for group in groups([record for record in records if record.task == "retention"]):
+        parts += [part for part in (cost_figure(group), cost_table(group)) if part is not None]
+    return parts
+
+
+def _of_task(task: str, records: Sequence[Record]) -> Section:
+    asks = TASKS.get(task, "")
+    text = [f"{asks[:1].upper()}{asks[1:]}.{_LAST if task in BY_ROUND else ''}"] if asks else []
+    section = Section(f"task-{task}", f"Task: {task}", text)
+    for group in groups(records):
+        made = tables(group.records)
+        for place, table in enumerate(made):
+            title = " — ".join(part for part in (group.title, table.title) if part)
+            notes = [*table.notes, *([group.caption] if place == len(made) - 1 else [])]
+            section.parts.append(type(table)(title, table.heads, table.rows, notes))
+        for gallery in curves(group.records):
+            title = " — ".join(part for part in (group.title, gallery.title) if part)
+            section.parts.append(type(gallery)(title, gallery.legend, gallery.panels))
+    return section
+
+
+def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    def each(values: Sequence[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    return [
+        ("Models", each([model_label(record.model) for record in records])),
+        ("Devices", each([record.device for record in records])),
+        ("Methods", each([record.method for record in records if record.task != "ablation"])),
+        ("Seeds", each([str(seed) for seed in sorted({record.seed for record in records})])),
+        ("Commits", each([record.git for record in records])),
+        ("Records", f"{len(records):,}"),
+    ]

@@ -1,0 +1,393 @@
+"""The report: every number is there and says where it is from, nothing is loaded from elsewhere, and gaps are named."""
+
+import csv
+import dataclasses
+import html
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from absorber.bench.ablation import TABLES, Ablation
+from absorber.bench.methods import METHODS
+from absorber.bench.records import Record, append_records
+from absorber.bench.report import make_report, read_all
+from absorber.bench.report_cost import bargains
+from absorber.bench.report_curves import curves
+from absorber.bench.report_layout import Gallery, Table, origin
+from absorber.bench.report_page import to_csv, to_html, to_markdown
+from absorber.bench.report_paper import printed_tables
+from absorber.bench.report_tables import groups, tables
+from absorber.config import AbsorbConfig
+from absorber.errors import BenchmarkError
+from absorber.models import DEFAULT_MODEL
+
+EVIL = "<script>alert('$x_1$')</script>"
+
+
+def made(task, method, metric, value, *, unit="ratio", tokens=1024, at=0, seed=0, settings=None, own=None, **places):
+    """A record as a run would write it."""
+    return Record(
+        task=task,
+        method=method,
+        model=DEFAULT_MODEL,
+        metric=metric,
+        value=value,
+        unit=unit,
+        num_samples=4,
+        ci95_low=value - 0.0123,
+        ci95_high=value + 0.0123,
+        context_length=tokens,
+        round=at,
+        seed=seed,
+        config={"task": settings or {"kind": "books", "num_rounds": 3}, "method": own or {}, **places},
+        per_sample=[value] * 4,
+        device="Device Q",
+        dtype="float32",
+        seconds=1.0,
+        versions={},
+        git="abc1234",
+    )
+
+
+def retention(method, gaps, *, seed=0, seconds=1.0):
+    """A run of three rounds; `gaps` are its contextless ones."""
+    found = []
+    for number, gap in enumerate(gaps, start=1):
+        place = {"at": number, "tokens": 1024 + 512 * number, "seed": seed}
+        found.append(made("retention", method, "windowed_nll", 3.5 - gap / 10, unit="nats", **place))
+        found.append(made("retention", method, "contextless_gap_closed", gap, **place))
+        found.append(made("retention", method, "windowed_gap_closed", gap * 2, **place))
+        for kind in ("books", "code"):
+            found.append(made("retention", method, "drift_nll", gap / 50, unit="nats", drift_kind=kind, **place))
+    object.__setattr__(found[0], "seconds", seconds)
+    return [_timed(record, seconds) for record in found]
+
+
+def _timed(record, seconds):
+    object.__setattr__(record, "seconds", seconds)
+    return record
+
+
+def timed(method, metric, value, unit, tokens, batch, **more):
+    """A record of a task of speed, whose settings are one flat table."""
+    record = made("latency", method, metric, value, unit=unit, tokens=tokens)
+    config = {"batch": batch, "weights": "random", "context_tokens": 512, "length": tokens, **more}
+    return dataclasses.replace(record, config=config, ci95_low=None, ci95_high=None)
+
+
+def everything():
+    """Records of every kind of task, of two that nobody has heard of too."""
+    found = retention("truncation", [0, 0, 0], seconds=0.001)
+    found += retention("absorber", [0.2173, 0.4219, 0.6317]) + retention("absorber", [0.1, 0.2, 0.3391], seed=1)
+    for method in ("truncation", "absorber"):
+        for age in (1, 3):
+            for wording in ("text", "other"):
+                for view in ("contextless", "windowed", "full"):
+                    place = {"age": age, "wording": wording, "view": view, "tokens": 2560, "at": 3}
+                    found.append(made("recall", method, "recall_exact", 0.1257 * age, fact_kind="all", **place))
+                    found.append(made("recall", method, "recall_exact", 0.3031, fact_kind="name", **place))
+                    found.append(made("recall", method, "recall_nll", 9.87, unit="nats", fact_kind="all", **place))
+    for tokens in (2048, 4096):
+        settings = {"kind": "ag_news", "num_rounds": tokens // 512}
+        for method in ("truncation", EVIL):
+            place = {"tokens": tokens, "at": tokens // 512, "settings": settings, "chance": 0.25}
+            found.append(made("icl", method, "accuracy", 0.5457 + tokens / 1e6, view="full", **place))
+            for view in ("windowed", "contextless"):
+                found.append(made("icl", method, "accuracy", 0.4457 + tokens / 1e6, view=view, **place))
+                found.append(made("icl", method, "agreement", 0.7111, view=view, **place))
+        for batch in (1, 8):
+            found.append(timed("full", "ms_per_token", 12.3451 * batch, "ms", tokens, batch))
+            found.append(timed("full", "peak_memory_bytes", 2.5e9, "bytes", tokens, batch))
+        for way in ("never", "always"):
+            more = {"checkpointing": way}
+            found.append(timed("absorber-round", "round_ms", 512.25, "ms", tokens, 1, **more))
+            found.append(timed("absorber-round", "checkpointing", float(way == "always"), "", tokens, 1, **more))
+    found.append(timed("full", "out_of_memory", 1.0, "", 16384, 1))
+    found.append(made("divination", "tea-leaves", "omens", math.nan, unit="omens"))
+    settings = Ablation().config()
+    for variant, value in {"hidden": 0.111, "KL": 0.222}.items():
+        place = {"settings": settings, "own": AbsorbConfig().to_dict(), "table": "objective", "variant": variant}
+        for metric in ("gap_closed", "nll", "kl"):
+            for view in ("windowed", "contextless"):
+                found.append(made("ablation", f"objective/{variant}", f"{view}_{metric}", value, at=10, **place))
+    return found
+
+
+@pytest.fixture(scope="module")
+def report():
+    return make_report(everything())
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return to_html(report)
+
+
+def test_every_record_is_in_the_page_with_its_value(report, page):
+    for number, record in enumerate(report.records, start=1):
+        (row,) = re.findall(rf'<tr id="r{number}">.*?</tr>', page)
+        cells = [html.unescape(re.sub("<small>.*?</small>", "", cell)) for cell in re.findall("<t[hd].*?</t[hd]>", row)]
+        words = [re.sub("<[^>]*>", "", cell) for cell in cells]
+        assert f"{record.value:.6g}" in words
+        assert str(record.seed) in words
+        assert re.sub("<[^>]*>", "", record.method) in words
+        assert {record.metric, record.device, record.git} <= set(words)
+
+
+def test_every_number_of_a_table_says_where_it_is_from(report, page):
+    linked = re.findall(r'<a href="#r(\d+)" title="([^"]*)">', page)
+    assert len(linked) > 60
+    for number, title in linked:
+        record, said = report.records[int(number) - 1], html.unescape(title)
+        assert origin(record) in said
+        for part in (record.task, record.method, record.metric, f"seed {record.seed}", "abc1234", "Device Q"):
+            assert part in said
+    numbers = 0
+    for section in report.sections:
+        for table in (part for part in section.parts if isinstance(part, Table)):
+            assert all(len(row) == len(table.heads) for row in table.rows)
+            for row in table.rows:
+                for head, cell in zip(table.heads, row, strict=True):
+                    free = ("seed", "seeds", "samples", "tokens", "age", "chance", "batch")
+                    if cell.is_number and cell.kind not in ("paper", "missing", "mean") and head not in free:
+                        numbers += 1
+                        assert cell.sources or table.title == "Methods and tasks", (table.title, head, cell)
+    assert numbers > 60
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_records_say(page):
+    assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)", page, re.IGNORECASE)
+    assert all(link.startswith("#") for link in re.findall(r'(?:src|href)="([^"]*)"', page))
+    assert "&lt;script&gt;alert(&#39;$x_1$&#39;)&lt;/script&gt;" in page
+    assert page.count("<svg") == page.count("</svg>") > 8
+    assert "currentColor" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_markdown_and_csv_hold_the_same(report):
+    text = to_markdown(report)
+    assert "<script" not in text
+    assert "not run" in text
+    assert "63.2 %" in text
+    rows = list(csv.DictReader(io.StringIO(to_csv(report))))
+    assert [row["method"] for row in rows] == [record.method for record in report.records]
+    for row, record in zip(rows, report.records, strict=True):
+        assert float(row["value"]) == record.value or math.isnan(record.value)
+        assert (row["git"], row["metric"]) == (record.git, record.metric)
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.count("|") - line.count("\\|") >= 3
+
+
+def test_the_default_model_is_never_named_without_its_origin(report, page):
+    for text in (page, to_csv(report), to_markdown(report).replace("\\", "")):
+        assert DEFAULT_MODEL in text
+        assert not re.search(re.escape(DEFAULT_MODEL) + r"(?! \(weights 4-bit in origin\))", text)
+
+
+def cells_of(table, **wanted):
+    """The texts of the rows that have these cells."""
+    places = {name: table.heads.index(name) for name in wanted}
+    rows = [row for row in table.rows if all(row[places[name]].text == text for name, text in wanted.items())]
+    return [dict(zip(table.heads, (cell.text for cell in row), strict=True)) for row in rows]
+
+
+def test_tables_have_the_last_round_each_seed_and_their_mean():
+    (group,) = groups([record for record in everything() if record.task == "retention"])
+    main, drift = tables(group.records)
+    (zero,) = cells_of(main, method="absorber", seed="0")
+    (one,) = cells_of(main, method="absorber", seed="1")
+    (mean,) = cells_of(main, method="absorber", seed="mean of 2")
+    column = "contextless gap closed"
+    assert (zero[column], one[column], mean[column]) == ("63.2 %", "33.9 %", "48.5 %")
+    assert len(cells_of(main, method="truncation")) == 1
+    assert drift.heads[-2:] == ("books", "code")
+    assert cells_of(drift, method="absorber", seed="0")[0]["code"] == "+0.0126"
+
+
+def test_recall_is_by_age_and_lengths_are_rows_of_other_tasks():
+    records = everything()
+    (group,) = groups([record for record in records if record.task == "recall"])
+    exact = tables(group.records)[0]
+    assert [row["age"] for row in cells_of(exact, method="absorber")] == ["1", "3"]
+    assert cells_of(exact, method="absorber", age="3")[0]["text, contextless"] == "37.7 %"
+    assert [gallery.title for gallery in curves(group.records)] == ["By rounds since it was absorbed"]
+    (group,) = groups([record for record in records if record.task == "icl"])
+    (table,) = tables(group.records)
+    assert [
+        (row["tokens"], row["accuracy, windowed"], row["chance"]) for row in cells_of(table, method="truncation")
+    ] == [
+        ("2048", "44.8 %", "0.25"),
+        ("4096", "45.0 %", "0.25"),
+    ]
+    (gallery,) = curves(group.records)
+    assert gallery.title == "By length of the context"
+    titles = [f"{metric}, {view}" for metric in ("accuracy", "agreement") for view in ("contextless", "windowed")]
+    assert sorted(panel.title for panel in gallery.panels) == titles
+    assert {"everything in view", "by chance"} < {name for name, _, _ in gallery.legend}
+
+
+def test_speed_is_by_length_and_batch_with_what_did_not_fit():
+    (group,) = groups([record for record in everything() if record.task == "latency"])
+    assert "weights random" in group.caption
+    assert "512" in group.caption
+    (table,) = tables(group.records)
+    rows = {(row["method"], row["tokens"], row["batch"], row["checkpointing"]): row for row in cells_of(table)}
+    assert rows["full", "2048", "8", "–"]["ms per token"] == "98.76"
+    assert rows["full", "2048", "8", "–"]["peak memory bytes"] == "2.50 GB"
+    assert rows["full", "16384", "1", "–"]["ms per token"] == "out of memory"
+    assert rows["full", "16384", "1", "–"]["round ms"] == ""
+    assert {row["round ms"] for key, row in rows.items() if key[0] == "absorber-round"} == {"512.2"}
+    assert ("absorber-round", "4096", "1", "always") in rows
+    (gallery,) = curves(group.records)
+    titles = {panel.title for panel in gallery.panels}
+    assert titles >= {"ms per token, batch 1", "ms per token, batch 8", "round ms, batch 1, always"}
+
+
+def test_what_was_measured_otherwise_is_not_mixed():
+    records = retention("absorber", [0.1, 0.2, 0.3])
+    other = retention("absorber", [0.4, 0.5, 0.6])
+    for record in other:
+        object.__setattr__(record, "device", "Device R")
+    assert [group.title for group in groups(records + other)] == ["Device Q", "Device R"]
+    swept = []
+    for scale in (0.1, 0.2):
+        swept += [made("icl", "ttt", "accuracy", scale, own={"scale": scale, "batch_tokens": 16})]
+    (table,) = tables(swept)
+    assert [row[0].text for row in table.rows] == ["ttt (scale 0.1)", "ttt (scale 0.2)"]
+
+
+def test_the_papers_tables_stand_beside_ours_or_say_not_run(report):
+    parts = {part.title: part for section in report.sections for part in section.parts if isinstance(part, Table)}
+    news = next(part for title, part in parts.items() if title.startswith("Table 2"))
+    assert [row[2].text for row in news.rows[:2]] == ["54.2", "54.8 %"]  # full attention, the paper's and ours
+    assert [row[4].text for row in news.rows[:2]] == ["43.7", "not run"]
+    absorber = [row for row in news.rows if row[0].text == "absorber"]
+    assert [[cell.text for cell in row[2:]] for row in absorber] == [["37.9", "38.2", "35.5"], ["not run"] * 3]
+    dialogues = next(part for title, part in parts.items() if title.startswith("Table 4"))
+    assert any("summary has no records here: not run" in note for note in dialogues.notes)
+    latency = next(part for title, part in parts.items() if title.startswith("Table 1"))
+    assert [row[1].text.split(",")[0] for row in latency.rows if row[0].text == "full"] == ["paper", "ours"]
+    assert [row[-1].text for row in latency.rows[:2]] == ["out of memory"] * 2
+    assert [cell.text for cell in latency.rows[1][2:]] == ["12.35", "12.35", "not run", "out of memory"]
+    objective = next(part for title, part in parts.items() if title.startswith("objective"))
+    assert [row[0].text for row in objective.rows] == ["hidden (default)", "KL (default)"]
+    assert objective.rows[0][1].sources[0].value == 0.111
+    window = next(part for title, part in parts.items() if title.startswith("Table 6"))
+    assert {row[1].text for row in window.rows} == {"not run"}
+
+
+def test_of_several_lengths_in_a_range_the_longest_counts():
+    values = {1024: 0.11, 1025: 0.12, 2048: 0.13, 2049: 0.14, 3072: 0.15, 9000: 0.16}
+    settings = {"kind": "ag_news"}
+    records = [made("icl", "sink", "accuracy", value, tokens=at, settings=settings) for at, value in values.items()]
+    records.append(made("icl", "sink", "accuracy", 0.99, tokens=2000, settings={"kind": "trec"}))
+    table = printed_tables(records)[1]
+    (row,) = (row for row in table.rows if row[0].text == "sink")
+    assert [cell.text for cell in row[2:]] == ["13.0 %", "15.0 %", "not run"]
+
+
+def test_what_was_not_run_is_named(report):
+    section = next(section for section in report.sections if section.anchor == "not-run")
+    text = " ".join(section.text)
+    for words in (
+        "Task reasoning",
+        "Task summary",
+        "Task cost",
+        "Task retention on dialogues",
+        "Task icl on trec, banking77",
+        "absorber (2)",
+    ):
+        assert words in text
+    for name in set(TABLES) - {"objective"}:
+        assert f"Ablation {name}: not run." in text
+    assert "Ablation objective, default, hidden + KL" in text
+    (table,) = section.parts
+    (row,) = cells_of(table, method="bm25")
+    assert set(row.values()) == {"bm25", "not run"}
+    (row,) = cells_of(table, method="absorber")
+    assert (row["retention"], row["icl"]) == ("30 records", "not run")
+    assert {row[0].text for row in table.rows} >= {*METHODS, "tea-leaves", "mamba (not built)"}
+    assert "divination" in table.heads
+
+
+def test_the_frontier_is_of_those_whom_nobody_beats():
+    records = retention("truncation", [0, 0, 0], seconds=0.1) + retention("dear", [0, 0, 0.5], seconds=9)
+    records += retention("good", [0, 0, 0.5], seconds=5) + retention("cheap", [0, 0, 0.2], seconds=1)
+    records += retention("bad", [0, 0, -0.5], seconds=2)
+    (group,) = groups(records)
+    found = bargains(group)
+    assert {one.name for one in found if not one.is_beaten(found, 1)} == {"truncation", "cheap", "good"}
+    cost = {one.name: one.cost for one in found}
+    assert cost["good"] == pytest.approx(1000 * 5 / (2560 * 4))
+
+
+def test_a_curve_has_a_point_for_each_round_in_the_color_of_its_method(report):
+    section = next(section for section in report.sections if section.anchor == "task-retention")
+    (gallery,) = (part for part in section.parts if isinstance(part, Gallery))
+    titles = [panel.title for panel in gallery.panels]
+    assert titles == ["saved with the window in view", "contextless gap closed", "drift nll, books", "drift nll, code"]
+    colors = {name: color for name, color, _ in gallery.legend}
+    assert set(colors) == {"truncation", "absorber"}
+    for panel in gallery.panels:
+        for color in colors.values():
+            assert color in panel.svg
+    assert "drift nll" in to_html(report)
+
+
+def test_a_record_counts_once_and_bad_files_are_named(tmp_path):
+    good, empty, damaged, binary = (tmp_path / name for name in ("good", "empty", "damaged", "binary"))
+    append_records(good, everything())
+    empty.write_text("")
+    append_records(damaged, everything()[:2])
+    damaged.write_text(damaged.read_text() + '{"task": "retention"}\n')
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert len(read_all([good, good])) == len(everything())
+    for path, words in {
+        empty: "has no records",
+        damaged: "line 3 of .* is not a record",
+        binary: "cannot read|not a record",
+        tmp_path / "none": "there is no file",
+    }.items():
+        with pytest.raises(BenchmarkError, match=words):
+            read_all([good, path])
+    with pytest.raises(BenchmarkError, match="no files of records"):
+        read_all([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "ablation"},
+        {"config": []},
+        {"config": {"task": 3}},
+        {"value": "much"},
+        {"method": None},
+        {"seed": None},
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(changes, tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_records(path, [dataclasses.replace(everything()[0], **changes)])
+    with pytest.raises(BenchmarkError, match="damaged record"):
+        read_all([path])
+
+
+def test_a_record_without_settings_of_its_task_is_shown():
+    bare = dataclasses.replace(made("latency", "full", "ms_per_token", 7.25, unit="ms/token", tokens=2048), config={})
+    report = make_report([bare])
+    assert 'title="latency, full, ms_per_token: 7.25' in to_html(report)
+
+
+@pytest.mark.parametrize("task", ["retention", "recall", "icl", "ablation", "divination"])
+def test_one_task_alone_is_a_report(task):
+    text = to_html(make_report([record for record in everything() if record.task == task]))
+    assert "What was not run" in text
+
+
+def test_the_committed_records_make_a_page():
+    folder = Path(__file__).parents[2] / "records"
+    report = make_report(read_all(sorted(folder.glob("recall/*.jsonl"))))
+    assert "75.0 %" in to_html(report)
