@@ -282,18 +282,15 @@ def plan(
         smallest, quickest = min(smallest, need.total), max(quickest, 1000 / taken)
         if need.total > SPARE * memory_bytes or taken * rate > 1000:
             continue
-        reluctance = sum(_RELUCTANCE[name][value] for name, value in chosen.items())
-        beside = need.total - need.weights
-        per_token = num_streams * shape.num_layers * shape.cache_features * weight_bytes
         entry = Plan(
             preset=preset,
             quantization=quantization,
             needs=need,
             absorb_ms=taken,
             decode_ms=decode_ms(shape, preset, need, rates),
-            break_even_tokens=-(-beside // per_token) if per_token else 0,
+            break_even_tokens=_break_even(shape, need, num_streams * weight_bytes),
         )
-        found.append((reluctance, entry))
+        found.append((sum(_RELUCTANCE[name][value] for name, value in chosen.items()), entry))
     if not found:
         raise ConfigError(
             f"nothing fits: the smallest settings need {smallest / 1e9:.2f} GB of the {SPARE * memory_bytes / 1e9:.2f} "
@@ -301,6 +298,12 @@ def plan(
             "a smaller model, fewer streams or a lower rate"
         )
     return min(found, key=lambda pair: (pair[0], pair[1].needs.total))[1]
+
+
+def _break_even(shape: Shape, need: Needs, number_bytes: int) -> int:
+    """Tokens whose keys and values take as much as a round does beside the weights; 0 for a model that keeps none."""
+    per_token = shape.num_layers * shape.cache_features * number_bytes
+    return -(-(need.total - need.weights) // per_token) if per_token else 0
 
 
 def _preset(chosen: dict[str, Any]) -> Preset:

@@ -96,13 +96,7 @@ class Session:
             memory = Memory.fresh(model, sink_id=sink_id, config=config, stream=stream)
         else:
             memory.check(model)
-            for name in _FIXED:
-                begun, got = getattr(memory.config, name), getattr(config, name)
-                if begun != got:
-                    raise ConfigError(
-                        f"the memory has {name} {begun!r}; got {got!r}. This cannot change once it is begun; leave it "
-                        "out or begin a new memory"
-                    )
+            _check_fixed(memory, config)
             memory.config, memory.stream = config, stream
         self.memory = memory
         self._progress = progress
@@ -462,6 +456,17 @@ class Session:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{folder} is damaged: {error}. Restore a copy, or start anew") from error
         return session
+
+
+def _check_fixed(memory: Memory, config: AbsorbConfig) -> None:
+    """Refuse settings that a memory cannot go on with."""
+    for name in _FIXED:
+        begun, got = getattr(memory.config, name), getattr(config, name)
+        if begun != got:
+            raise ConfigError(
+                f"the memory has {name} {begun!r}; got {got!r}. This cannot change once it is begun; leave it "
+                "out or begin a new memory"
+            )
 
 
 def _write(
