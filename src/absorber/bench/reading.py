@@ -1,0 +1,135 @@
+"""Streams that are read once and then asked several times.
+
+Shapes: B rows, T tokens, D hidden.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from absorber.backbone import Backbone, forward_states, read_on, with_sink
+
+# Largest piece of a row given to the model at once, so that activations stay small.
+_PIECE_TOKENS = 1024
+
+
+class Reading:
+    """What B rows of equal length have read, with whatever memory is attached.
+
+    It is held in the model's cache; by a model that keeps none all of it is read again whenever something is added.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Begin with nothing read."""
+        self._backbone = backbone
+        self._cache: DynamicCache | None = DynamicCache(config=backbone.model.config)
+        # The state of a recurrent layer (Mamba) takes in several tokens rightly only at the beginning.
+        self._is_recurrent = any(hasattr(layer, "conv_states") for layer in self._cache.layers)
+        self._read_BT: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, backbone: Backbone, prefix_BT: Tensor, *, sink_id: int) -> "Reading":
+        """Read a sink and what follows it."""
+        reading, input_ids_BT = cls(backbone), with_sink(sink_id, prefix_BT)
+        size = input_ids_BT.shape[1] if reading._is_recurrent else _PIECE_TOKENS
+        for piece_BT in torch.split(input_ids_BT, size, dim=1):
+            reading.read(piece_BT)
+        return reading
+
+    def fork(self) -> "Reading":
+        """Return an independent copy that goes on from here."""
+        twin = copy.copy(self)
+        twin._cache = copy.deepcopy(self._cache)
+        return twin
+
+    @torch.no_grad()
+    def read(self, ids_BT: Tensor) -> Tensor:
+        """Read tokens after those read before.
+
+        Returns:
+            Their final hidden states [B, T, D].
+        """
+        ids_BT = ids_BT.to(self._backbone.device)
+        if self._is_recurrent and self._read_BT is not None and ids_BT.shape[1] > 1:
+            return torch.cat([self.read(token_B1) for token_B1 in torch.split(ids_BT, 1, dim=1)], dim=1)
+        self._read_BT = ids_BT if self._read_BT is None else torch.cat([self._read_BT, ids_BT], dim=1)
+        if self._cache is not None:
+            states_BTD, is_kept = read_on(self._backbone, ids_BT, self._cache)
+            if is_kept:
+                return states_BTD
+            self._cache = None
+        return forward_states(self._backbone, self._read_BT, first=self._read_BT.shape[1] - ids_BT.shape[1]).final_BTD
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of the tokens after these states, float32."""
+        return self._backbone.logits(states).float()
+
+
+@torch.no_grad()
+def continuation_nll(reading: Reading, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    """Negative log-likelihood of one continuation per row, after a prompt; the reading stays as it was.
+
+    Args:
+        reading: Of as many rows.
+        rows: Prompt and continuation of each; neither is empty.
+
+    Returns:
+        Sums over the tokens of the continuation, in nats.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    # What stands behind a continuation is not seen from it, so that any token may fill up a row.
+    padded = [[*prompt, *answer, *[0] * (longest - len(prompt) - len(answer))] for prompt, answer in rows]
+    states_BTD = reading.fork().read(torch.tensor(padded))
+    found = []
+    for states_TD, (prompt, answer) in zip(states_BTD, rows, strict=True):
+        logits_TV = reading.logits(states_TD[len(prompt) - 1 : len(prompt) + len(answer) - 1])
+        answer_T = torch.tensor(answer, device=logits_TV.device)
+        found.append(float(torch.nn.functional.cross_entropy(logits_TV, answer_T, reduction="sum")))
+    return found
+
+
+@torch.no_grad()
+def write_greedily(
+    reading: Reading,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    is_done: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Let each row go on after its prompt with the likeliest tokens; the reading stays as it was.
+
+    All rows advance together, one token at a time: a row whose prompt is longer is still being given it while others
+    write already. So no row holds padding, and each writes what it would write alone.
+
+    Args:
+        reading: Of as many rows.
+        prompts: One per row; none is empty.
+        max_new_tokens: At most so many are written.
+        is_done: Whether a row that has written these tokens has to go on no more.
+
+    Returns:
+        What each row wrote.
+    """
+    ahead, length = reading.fork(), min(map(len, prompts))
+    written: list[list[int]] = [[] for _ in prompts]
+    writing = set(range(len(prompts)))
+    given = [list(prompt[:length]) for prompt in prompts]
+    while writing:
+        states_BTD = ahead.read(torch.tensor(given))
+        likeliest_B = reading.logits(states_BTD[:, -1]).argmax(dim=-1).tolist()
+        given = []
+        for row, (prompt, likeliest) in enumerate(zip(prompts, likeliest_B, strict=True)):
+            if length < len(prompt):
+                given.append([prompt[length]])
+                continue
+            given.append([likeliest])
+            if row in writing:
+                written[row].append(likeliest)
+                if len(written[row]) == max_new_tokens or is_done(written[row]):
+                    writing.remove(row)
+        length += 1
+    return written
