@@ -107,8 +107,8 @@ def test_every_view_is_as_by_hand(model, tokenizer, data_dir):
     (checkpoint,) = TASK.measure(METHODS["truncation"], inspect(model), texts, sink_id=0)
     assert checkpoint.round == 2
     names = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in texts.labels]
-    blank = [tokenizer(text)["input_ids"] for text in ("Article: N/A\nTopic:", "Article:\nTopic:")]
-    blank.append(tokenizer("Article: [MASK]\nTopic:")["input_ids"])
+    blank = [tokenizer(text)["input_ids"] for text in ("News: N/A\nCategory:", "News:\nCategory:")]
+    blank.append(tokenizer("News: [MASK]\nCategory:")["input_ids"])
     chosen = {}
     for view, kept in {"windowed": 120, "contextless": 0, "full": 320}.items():
         for stream, queries in enumerate(texts.queries):
@@ -175,10 +175,15 @@ def test_records_are_complete_resume_and_are_shown(model, tokenizer, data_dir, t
         if record.method == "full" and record.metric == "agreement":
             assert record.value == 1.0
     heads, rows = answer_rows(records, "icl")
-    assert [(row[2], row[4]) for row in rows] == [
-        (method, view) for method in methods for view in ("full", "windowed", "contextless")
-    ]
-    assert all(len(row) == len(heads) for row in rows)
-    assert heads[-1] == "by chance"
-    assert {row[-1] for row in rows} == {"25.0 %"}
+    views = ("windowed", "contextless")
+    assert [(row[2], row[4]) for row in rows] == [(method, view) for method in methods for view in views]
+    for row in rows:
+        shown_row = dict(zip(heads, row, strict=True))
+        found = {
+            record.metric: record for record in records if (record.method, record.config["view"]) == (row[2], row[4])
+        }
+        assert shown_row["accuracy"].startswith(f"{100 * found['accuracy'].value:.1f} % [")
+        assert shown_row["label nll"] == f"{found['label_nll'].value:.3f}"
+        assert shown_row["by chance"] == "25.0 %"
+        assert shown_row["accuracy of full"] == rows[0][5].split(" [")[0]  # the method full, windowed
     assert answer_rows(records, "reasoning")[1] == []

@@ -43,7 +43,7 @@ def test_from_flags_to_records(cli, folder, tmp_path, task, flags):
     done = cli("bench", task, "truncation", "absorber", *common, "--config", settings(tmp_path, task), "--json")
     assert done.code == 0
     assert [(row["method"], row["view"]) for row in done.of("row")] == [
-        (method, view) for method in ("truncation", "absorber") for view in ("full", "windowed", "contextless")
+        (method, view) for method in ("truncation", "absorber") for view in ("windowed", "contextless")
     ]
     assert {event["round"] for event in done.of("progress")} == {1, 2}
     if task == "icl":

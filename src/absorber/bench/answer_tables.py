@@ -14,37 +14,43 @@ ASKING_TASKS: dict[str, type[AskingTask]] = {task.name: task for task in (InCont
 
 
 def answer_rows(records: Sequence[Record], task: str) -> tuple[Row, list[Row]]:
-    """One row per data set, length, method, seed and view, the same model with everything in view among the views.
+    """One row per data set, length, method, seed and view.
 
     Args:
         records: Of any tasks.
         task: Whose.
 
     Returns:
-        The heads, and the rows. The task's first figure comes with its 95 % interval.
+        The heads, and the rows. The task's first figure comes with its 95 % interval, and beside it what the same model
+        answers with everything in view, and what guessing would give where that can be said.
     """
     units = ASKING_TASKS[task].units
-    found: dict[tuple[str, ...], dict[str, Record]] = {}
+    main = next(iter(units))
+    runs: dict[tuple[str, str, str, str], dict[tuple[str, str], Record]] = {}
     for record in records:
         if record.task == task:
-            place = (str(record.config["task"]["kind"]), str(record.context_length), record.method, str(record.seed))
-            found.setdefault((*place, record.config["view"]), {})[record.metric] = record
-    by_chance = any("chance" in record.config for own in found.values() for record in own.values())
-    heads: Row = ("data", "tokens", "method", "seed", "view", *(metric.replace("_", " ") for metric in units))
+            run = (record.config["task"]["kind"], str(record.context_length), record.method, str(record.seed))
+            runs.setdefault(run, {})[record.config["view"], record.metric] = record
+    heads: Row = ("data", "tokens", "method", "seed", "view", _words(main), f"{_words(main)} of full", "by chance")
+    heads += tuple(_words(metric) for metric in units if metric != main)
     rows = []
-    for run, own in found.items():
-        cells = [_cell(own.get(metric), unit) for metric, unit in units.items()]
-        main = next(iter(own.values()))
-        if (first := own.get(next(iter(units)))) is not None:
-            cells[0] += _interval(first)
-        rows.append((*run, *cells, *([_percent(main.config["chance"])] if by_chance else [])))
-    return (*heads, *(["by chance"] if by_chance else [])), rows
+    for run, found in runs.items():
+        full = found["full", main]
+        chance = full.config.get("chance")
+        for view in ("windowed", "contextless"):
+            own = found[view, main]
+            cells = [f"{_percent(own.value)}{_interval(own)}", _percent(full.value)]
+            cells.append("" if chance is None else _percent(chance))
+            for metric, unit in units.items():
+                if metric != main:
+                    value = found[view, metric].value
+                    cells.append(_percent(value) if unit == "ratio" else f"{value:.3f}")
+            rows.append((*run, view, *cells))
+    return heads, rows
 
 
-def _cell(record: Record | None, unit: str) -> str:
-    if record is None:
-        return ""
-    return _percent(record.value) if unit == "ratio" else f"{record.value:.3f}"
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _percent(value: float) -> str:

@@ -30,7 +30,7 @@ from absorber.study import make_guide
 # As in arXiv 2102.09690.
 _WITHOUT_CONTENT = ("N/A", "", "[MASK]")
 _PROMPTS: dict[str, str] = {
-    "ag_news": "Article: {}\nTopic:",
+    "ag_news": "News: {}\nCategory:",
     "trec": "Question: {}\nAnswer type:",
     "banking77": "Customer: {}\nIntent:",
 }
