@@ -8,6 +8,7 @@ import torch
 
 import small_data_sets
 from absorber.backbone import inspect, sink_token
+from absorber.bench import asking
 from absorber.bench.answer_tables import answer_rows
 from absorber.bench.data_sets import examples
 from absorber.bench.icl import InContext, calibrated
@@ -44,7 +45,7 @@ def test_calibration_by_hand():
 
 @pytest.mark.parametrize("kind", ["ag_news", "trec", "banking77"])
 def test_no_text_twice_and_classes_in_balance(kind, model, tokenizer, data_dir):
-    own = task(kind=kind, num_rounds=8, num_classes=5)
+    own = task(kind=kind, num_rounds=8, num_classes=5, num_queries=7)
     texts = own.prepare(model, tokenizer, data_dir)
     known = {example.text: example.label for example in examples(kind, data_dir, "report")}
     assert texts.token_ids_BT.shape == (4, 120 + 8 * 100)
@@ -57,11 +58,11 @@ def test_no_text_twice_and_classes_in_balance(kind, model, tokenizer, data_dir):
             assert label.split(": ")[1] == known[text]
         contents += [tokenizer.decode(query.prompt).rsplit("\n", 1)[0].split(": ", 1)[1] for query in queries]
         assert len(set(contents)) == len(contents)
-        assert [known[text] for text in contents[-3:]] == [query.references[0] for query in queries]
-        counts = Counter(known[text] for text in contents[:-3])
+        assert [known[text] for text in contents[-7:]] == [query.references[0] for query in queries]
+        counts = Counter(known[text] for text in contents[:-7])
         assert set(counts) == set(texts.labels)
         assert max(counts.values()) - min(counts.values()) <= 1
-        asked += contents[-3:]
+        asked += contents[-7:]
     counts = Counter(known[text] for text in asked)
     assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -102,7 +103,8 @@ def chosen_by_hand(model, prefix, prompts, names):
     return torch.tensor(found)
 
 
-def test_every_view_is_as_by_hand(model, tokenizer, data_dir):
+def test_every_view_is_as_by_hand(model, tokenizer, data_dir, monkeypatch):
+    monkeypatch.setattr(asking, "_FULL_STREAMS", 3)
     texts = TASK.prepare(model, tokenizer, data_dir)
     (checkpoint,) = TASK.measure(METHODS["truncation"], inspect(model), texts, sink_id=0)
     assert checkpoint.round == 2

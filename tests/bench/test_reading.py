@@ -5,7 +5,7 @@ import torch
 
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
-from absorber.bench.reading import Reading, continuation_nll, write_greedily
+from absorber.bench.reading import Reading, choice_nll, continuation_nll, write_greedily
 from absorber.config import AbsorbConfig
 from architectures import ARCHITECTURES, build
 
@@ -61,6 +61,19 @@ def test_a_continuation_is_as_likely_as_alone(name):
             log_p = logits_alone(model, before + answer).log_softmax(dim=-1)
             expected = -sum(float(log_p[len(before) - 1 + at, token]) for at, token in enumerate(answer))
             assert value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_choices_are_as_likely_as_continuations(name, monkeypatch):
+    reading = Reading.of(inspect(build(name)), PREFIX_BT, sink_id=0)
+    choices = [[20], [21, 22, 23], [24], [21, 22, 25], [21, 26]]
+    passes, real = [], Reading.fork
+    monkeypatch.setattr(Reading, "fork", lambda self: passes.append(1) or real(self))
+    found = choice_nll(reading, PROMPTS, choices)
+    assert len(passes) == 3
+    for index, choice in enumerate(choices):
+        expected = continuation_nll(reading, [(prompt, choice) for prompt in PROMPTS])
+        assert [row[index] for row in found] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mamba"])

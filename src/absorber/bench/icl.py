@@ -21,7 +21,7 @@ from torch import Tensor
 from absorber.bench.asking import Asked, AskingTask, Figures, Language, Query
 from absorber.bench.data_sets import Example, LabelledSet, examples
 from absorber.bench.methods import Reader, Setting
-from absorber.bench.reading import Reading, continuation_nll
+from absorber.bench.reading import Reading, choice_nll
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint
 from absorber.errors import BenchmarkError
@@ -133,8 +133,7 @@ class InContext(AskingTask):
 
         def log_p(turn: Sequence[Sequence[int]]) -> Tensor:
             """How likely each class is after a prompt for each stream [B, C]."""
-            by_class = [continuation_nll(reading, [(prompt, name) for prompt in turn]) for name in names]
-            return -torch.tensor(by_class, dtype=torch.float64).T
+            return -torch.tensor(choice_nll(reading, turn, names), dtype=torch.float64)
 
         log_p_BQC = torch.stack([log_p([query.prompt for query in turn]) for turn in zip(*queries, strict=True)], 1)
         blank_BKC = torch.stack([log_p([prompt] * len(queries)) for prompt in texts.without_content], 1)

@@ -80,16 +80,52 @@ def continuation_nll(reading: Reading, rows: Sequence[tuple[Sequence[int], Seque
     Returns:
         Sums over the tokens of the continuation, in nats.
     """
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    # What stands behind a continuation is not seen from it, so that any token may fill up a row.
-    padded = [[*prompt, *answer, *[0] * (longest - len(prompt) - len(answer))] for prompt, answer in rows]
-    states_BTD = reading.fork().read(torch.tensor(padded))
-    found = []
-    for states_TD, (prompt, answer) in zip(states_BTD, rows, strict=True):
-        logits_TV = reading.logits(states_TD[len(prompt) - 1 : len(prompt) + len(answer) - 1])
-        answer_T = torch.tensor(answer, device=logits_TV.device)
-        found.append(float(torch.nn.functional.cross_entropy(logits_TV, answer_T, reduction="sum")))
+    log_p = _predictions(reading, [(prompt, answer[:-1]) for prompt, answer in rows])
+    return [-_sum_of(log_p_TV, answer) for log_p_TV, (_, answer) in zip(log_p, rows, strict=True)]
+
+
+@torch.no_grad()
+def choice_nll(
+    reading: Reading, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Negative log-likelihoods of the same continuations after every row's prompt; the reading stays as it was.
+
+    Continuations that agree in all tokens but the last, as those of one token do, share one pass.
+
+    Args:
+        reading: Of as many rows.
+        prompts: One per row; none is empty.
+        choices: Continuations; none is empty.
+
+    Returns:
+        For each row the sums over the tokens of each choice, in nats.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, choice in enumerate(choices):
+        groups.setdefault(tuple(choice[:-1]), []).append(index)
+    found = [[0.0] * len(choices) for _ in prompts]
+    for begin, indices in groups.items():
+        for row, log_p_TV in enumerate(_predictions(reading, [(prompt, begin) for prompt in prompts])):
+            for index in indices:
+                found[row][index] = -_sum_of(log_p_TV, choices[index])
     return found
+
+
+def _predictions(reading: Reading, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """Log-probabilities [T + 1, V] of the tokens that follow each row's prompt, and those of the T tokens behind it."""
+    longest = max(len(prompt) + len(behind) for prompt, behind in rows)
+    # What stands after a row's end is not seen from it, so that any token may fill it up.
+    padded = [[*prompt, *behind, *[0] * (longest - len(prompt) - len(behind))] for prompt, behind in rows]
+    states_BTD = reading.fork().read(torch.tensor(padded))
+    return [
+        reading.logits(states_TD[len(prompt) - 1 : len(prompt) + len(behind)]).log_softmax(dim=-1)
+        for states_TD, (prompt, behind) in zip(states_BTD, rows, strict=True)
+    ]
+
+
+def _sum_of(log_p_TV: Tensor, token_ids: Sequence[int]) -> float:
+    ids_T = torch.tensor(token_ids, device=log_p_TV.device)
+    return float(log_p_TV.gather(1, ids_T[:, None]).sum())
 
 
 @torch.no_grad()
