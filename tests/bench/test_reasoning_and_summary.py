@@ -61,6 +61,8 @@ def test_the_first_line_of_an_answer(tokenizer):
     assert language.first_line(ids(" Rome\nQ")) == ("Rome", True)
     assert language.first_line([*ids(" Rome"), 0, *ids("x")]) == ("Rome", True)
     assert language.first_line([]) == ("", False)
+    assert language.first_line(ids("\n\n")) == ("", False)
+    assert language.first_line(ids("\n Rome\n")) == ("Rome", True)
 
 
 @pytest.mark.parametrize("split", ["choose", "report"])
@@ -72,7 +74,7 @@ def test_a_context_holds_what_its_questions_need(split, model, tokenizer, data_d
         parts = [part.strip() for part in tokenizer.decode(row).split("\n\n")]
         assert len(row) == 380
         assert len(set(parts[1:])) == len(parts[1:])  # the first is cut
-        asked = [own_half[tokenizer.decode(query.prompt)[10:-8]] for query in queries]
+        asked = [own_half[tokenizer.decode(query.prompt).rsplit("Question: ")[-1][:-8]] for query in queries]
         needed = {text for one in asked for text in one.supporting}
         assert needed <= set(parts)
         others = {text for one in own_half.values() if one not in asked for text in one.supporting + one.others}

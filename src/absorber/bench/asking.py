@@ -63,9 +63,9 @@ class Language:
         ]
 
     def first_line(self, token_ids: Sequence[int]) -> tuple[str, bool]:
-        """Return the first line of a text, and whether it has come to its end."""
+        """Return the first line of a text that is not blank, and whether it has come to its end."""
         kept = next((at for at, token in enumerate(token_ids) if token in self.end_ids), len(token_ids))
-        line, newline, _ = str(self.tokenizer.decode(token_ids[:kept])).partition("\n")
+        line, newline, _ = str(self.tokenizer.decode(token_ids[:kept])).lstrip().partition("\n")
         return line.strip(), bool(newline) or kept < len(token_ids)
 
 

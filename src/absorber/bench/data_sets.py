@@ -161,7 +161,9 @@ def _samsum(data_dir: Path) -> Iterator[Document]:
             speakers = dict.fromkeys(line.split(":")[0].strip() for line in text.splitlines() if ":" in line)
             if text and entry["summary"]:
                 names = " and ".join(speakers)
-                request = Request(f"Summary of the dialogue between {names}:", (entry["summary"],))
+                request = Request(
+                    f"Question: What is the dialogue between {names} about?\nAnswer:", (entry["summary"],)
+                )
                 yield Document(str(entry["id"]), f"Dialogue between {names}:", text, (request,))
 
 

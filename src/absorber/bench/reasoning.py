@@ -15,6 +15,13 @@ from absorber.bench.reading import Reading, continuation_nll
 from absorber.errors import BenchmarkError
 from absorber.study import make_guide
 
+# Without an example a small model answers in sentences, or not at all; these two say how short an answer is.
+_PROMPT = (
+    "Question: Who wrote the novel Emma?\nAnswer: Jane Austen\n\n"
+    "Question: When did the Second World War end?\nAnswer: 1945\n\n"
+    "Question: {}\nAnswer:"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reasoning(WritingTask):
@@ -42,7 +49,7 @@ class Reasoning(WritingTask):
             first = stream * self.num_queries
             own = [found[(first + place) % len(found)] for place in range(self.num_queries)]
             rows.append(self._context(own, found, language, stream))
-            queries.append([Query(language.tokens(f"Question: {one.question}\nAnswer:"), one.answers) for one in own])
+            queries.append([Query(language.tokens(_PROMPT.format(one.question)), one.answers) for one in own])
         return Asked(torch.tensor(rows), make_guide(tokenizer, model), queries, language)
 
     def _context(
