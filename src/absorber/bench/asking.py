@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from absorber.text import cut
 _FULL_STREAMS = 4
 
 Figures = dict[str, list[float]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +160,8 @@ class AskingTask(Task):
             for name, values in checkpoint.metrics.items():
                 metric, view = name.split("/")
                 size = len(values) // self.num_streams
-                by_stream = [sum(values[first : first + size]) / size for first in range(0, len(values), size)]
-                records.append(record(metric, by_stream, self.units[metric], view=view))
+                means = [sum(values[first : first + size]) / size for first in range(0, len(values), size)]
+                records.append(record(metric, means, self.units[metric], view=view))
         return records
 
 
@@ -177,8 +178,7 @@ class WritingTask(AskingTask):
 
     def write(self, reading: Reading, queries: Sequence[Sequence[Query]], language: Language) -> Figures:
         """Let each stream write its answers, and judge them."""
-        found: Figures = {}
-        by_turn = []
+        turns = []
         for turn in zip(*queries, strict=True):
             written = write_greedily(
                 reading,
@@ -186,16 +186,17 @@ class WritingTask(AskingTask):
                 max_new_tokens=self.max_new_tokens,
                 is_done=lambda token_ids: language.first_line(token_ids)[1],
             )
-            by_turn.append([language.first_line(token_ids)[0] for token_ids in written])
-        for stream, own in enumerate(queries):
-            for place, query in enumerate(own):
-                for metric, value in self.judge(by_turn[place][stream], query.references).items():
-                    found.setdefault(metric, []).append(value)
+            turns.append([language.first_line(token_ids)[0] for token_ids in written])
+        found: Figures = {}
+        asked = (query for own in queries for query in own)
+        for answer, query in zip(by_stream(turns), asked, strict=True):
+            for metric, value in self.judge(answer, query.references).items():
+                found.setdefault(metric, []).append(value)
         return found
 
 
-def by_stream(turns: Iterable[Sequence[float]]) -> list[float]:
-    """Put numbers that were found turn by turn, one per stream, in the order of the streams."""
+def by_stream(turns: Iterable[Sequence[Item]]) -> list[Item]:
+    """Put what was found turn by turn, one per stream, in the order of the streams."""
     return [value for own in zip(*turns, strict=True) for value in own]
 
 
