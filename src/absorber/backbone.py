@@ -322,6 +322,11 @@ def read_on(backbone: Backbone, input_ids_BT: Tensor, cache: Any) -> tuple[Tenso
     Returns:
         Final hidden states [B, T, D], and whether the model keeps such a cache at all.
     """
+    # What is recurrent (Mamba) takes in several tokens rightly only at the beginning.
+    begun = any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
+    if begun and input_ids_BT.shape[1] > 1:
+        parts = [read_on(backbone, token_B1, cache)[0] for token_B1 in input_ids_BT.split(1, dim=1)]
+        return torch.cat(parts, dim=1), True
     name = cache_argument(backbone)
     output = backbone.decoder(input_ids=input_ids_BT, use_cache=True, **{name: cache})
     return output.last_hidden_state, getattr(output, name, None) is not None

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from absorber.text import cut
 
 Kind = Literal["books", "dialogues", "encyclopedia", "code"]
 Split = Literal["choose", "report"]
+Item = TypeVar("Item", bound=Any)
 
 # Front matter says little of a book.
 _SKIPPED_SHARE = 0.05
@@ -37,11 +38,25 @@ def documents(kind: Kind, data_dir: Path, split: Split) -> list[tuple[str, str]]
     Raises:
         BenchmarkError: If there are none.
     """
-    found = _READERS[kind](data_dir)
-    half = [pair for index, pair in enumerate(sorted(found)) if index % 2 == (split == "report")]
-    if not half:
-        raise BenchmarkError(f"{data_dir} has no {kind}; give the folder that holds them with --data-dir")
-    return half
+    return half(_READERS[kind](data_dir), split, what=kind, data_dir=data_dir)
+
+
+def half(found: Sequence[Item], split: Split, *, what: str, data_dir: Path) -> list[Item]:
+    """Return one half of what was found: of the sorted list those at even places for "choose", the others for "report".
+
+    Args:
+        found: In any order.
+        split: Which half.
+        what: What an error calls them.
+        data_dir: Where they were looked for.
+
+    Raises:
+        BenchmarkError: If there are none.
+    """
+    own = [item for index, item in enumerate(sorted(found)) if index % 2 == (split == "report")]
+    if not own:
+        raise BenchmarkError(f"{data_dir} has no {what}; give the folder that holds them with --data-dir")
+    return own
 
 
 def _books(data_dir: Path) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from absorber.backbone import forward_states, untouched
-from absorber.bench.data import documents, streams
+from absorber.bench.data import Kind, documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
 from absorber.bench.methods import Questions, Reader, Setting
 from absorber.bench.records import Record
@@ -48,6 +48,7 @@ class Recall(Task):
     """The protocol's settings."""
 
     name: ClassVar[str] = "recall"
+    kind: Kind = "books"
     num_rounds: int = 30
     num_facts: int = 2
     """Facts planted in each round's context."""

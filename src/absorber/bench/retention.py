@@ -51,6 +51,7 @@ class Retention(Task):
 
     name: ClassVar[str] = "retention"
     reference: ClassVar[str | None] = "truncation"
+    kind: Kind = "books"
     num_rounds: int = 10
     passage_tokens: int = 512
     """P."""

@@ -106,7 +106,7 @@ def run_task(
 
 
 # What tells the records of one measurement apart, and names the place of a setting in an ablation.
-_WITHIN = ("drift_kind", "gate", "age", "wording", "view", "fact_kind", "table", "variant")
+_WITHIN = ("drift_kind", "gate", "age", "wording", "view", "chance", "fact_kind", "table", "variant")
 
 
 def _identity(record: Record) -> str:

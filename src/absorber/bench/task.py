@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ class Task(abc.ABC):
     """What its records call it."""
     reference: ClassVar[str | None] = None
     """Method that all others are compared with, stream by stream; None if there is none."""
-    kind: Kind = "books"
+    kinds: ClassVar[tuple[str, ...]] = get_args(Kind)
+    """What can be streamed."""
+    kind: str = "books"
     """What is streamed."""
     split: Split = "report"
     """Which half of the documents."""

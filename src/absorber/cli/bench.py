@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from absorber.cli.bench_ablation import ablation, show_ablation
+from absorber.cli.bench_answers import icl, reasoning, show_answers, summary
 from absorber.cli.bench_recall import recall, show_recall
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.bench_speed import cost, latency, show_speed
@@ -21,6 +22,9 @@ app.command(ablation)
 app.command(recall)
 app.command(latency)
 app.command(cost)
+app.command(icl)
+app.command(reasoning)
+app.command(summary)
 
 
 @app.command
@@ -95,6 +99,7 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
         draw_recall([record for record in found if record.task == "recall"], picture, kind=kind)
     _show(report, found)
     show_recall(report, found)
+    show_answers(report, found)
     show_ablation(report, found)
     show_speed(report, found)
     return 0

@@ -37,13 +37,11 @@ def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
     Raises:
         ConfigError: If a setting is unknown or out of range.
     """
-    from absorber.bench.retention import DRIFT_KINDS
-
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind_of_task)})
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(unknown)} in [{kind_of_task.name}]")
-    if values["kind"] not in DRIFT_KINDS or values["split"] not in ("report", "choose"):
-        raise ConfigError(f"kind is one of {', '.join(DRIFT_KINDS)} and split report or choose; got {values}")
+    if values["kind"] not in kind_of_task.kinds or values["split"] not in ("report", "choose"):
+        raise ConfigError(f"kind is one of {', '.join(kind_of_task.kinds)} and split report or choose; got {values}")
     counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed")}
     numbers = [number for value in counts.values() for number in (value if isinstance(value, list) else [value])]
     if not all(isinstance(number, int) and number >= 1 for number in numbers) or values["seed"] < 0:
