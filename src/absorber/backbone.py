@@ -325,7 +325,7 @@ def read_on(backbone: Backbone, input_ids_BT: Tensor, cache: Any) -> tuple[Tenso
     # What is recurrent (Mamba) takes in several tokens rightly only at the beginning.
     begun = any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
     if begun and input_ids_BT.shape[1] > 1:
-        parts = [read_on(backbone, token_B1, cache)[0] for token_B1 in input_ids_BT.split(1, dim=1)]
+        parts = [read_on(backbone, token_B1, cache)[0] for token_B1 in torch.split(input_ids_BT, 1, dim=1)]
         return torch.cat(parts, dim=1), True
     name = cache_argument(backbone)
     output = backbone.decoder(input_ids=input_ids_BT, use_cache=True, **{name: cache})

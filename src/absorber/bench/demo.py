@@ -20,9 +20,9 @@ from absorber.models import DEFAULT_MODEL
 from absorber.session import OnProgress, Session
 from absorber.text import cut
 
-# Short windows and few steps, for a CPU. The learning rate was doubled because there are half as many steps; nothing
-# else was tried on this book.
-CONFIG = AbsorbConfig(max_steps=8, learning_rate=1e-4)
+# Short windows, few steps and few anchors, for a CPU. The learning rate is higher because there are half as many steps;
+# nothing else was tried on this book.
+CONFIG = AbsorbConfig(max_steps=8, learning_rate=1e-4, anchor_texts=16)
 STREAM = StreamConfig(context_tokens=128, sync_tokens=256, max_new_tokens=48)
 NUM_ROUNDS = 10
 PASSAGE_TOKENS = 256
