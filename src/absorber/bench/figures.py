@@ -39,9 +39,11 @@ def retention_rows(records: Sequence[Record]) -> tuple[Row, list[Row]]:
         last = max(record.round for record in own)
         found = {(record.metric, record.config.get("drift_kind")): record for record in own if record.round == last}
         cells = [run.kind, str(last), run.method, str(run.seed), f"{found['windowed_nll', None].value:.4f}"]
-        cells += [gap(found[f"{view}_gap_closed", None]) for view in ("windowed", "contextless")]
+        gaps = [found.get((f"{view}_gap_closed", None)) for view in ("windowed", "contextless")]
+        cells += [gap(record) if record else "" for record in gaps]
         cells.append(_worst_round(own, runs.get(run._replace(method="truncation"), ())))
-        cells += [f"{found['drift_nll', other].value:+.4f}" for other in drift_kinds]
+        drifts = [found.get(("drift_nll", other)) for other in drift_kinds]
+        cells += [f"{record.value:+.4f}" if record else "" for record in drifts]
         rows.append(tuple(cells))
     return heads, rows
 
