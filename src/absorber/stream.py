@@ -52,7 +52,7 @@ class Stream:
             config: How a context is absorbed.
             stream: n, m, and what to do at the end.
             sink_id: First token of teacher and student.
-            guide: For study; without it, passages are cut anywhere and the base writes continuations alone.
+            guide: For study; without it, passages are cut anywhere and no questions are asked.
             on_step: Called before each optimizer step with its number and the losses [B].
             on_round: Called after each round with one ledger line per stream.
 

@@ -120,10 +120,10 @@ def test_a_reader_is_told_each_question_and_asked_that_one_after_it(planted, mod
 def test_each_question_may_have_a_prefix_of_its_own(model, tokenizer, planted):
     where, asked = setting(model, tokenizer), [facts[:2] for facts in planted.facts]
     prefix_QT = torch.randint(40, 90, (4, 7), generator=torch.Generator().manual_seed(0))
-    together = ask(where, prefix_QT, asked, "text", planted.tokenize)["recall_nll"]
+    together = ask(where, prefix_QT, asked, "text", planted.guide.tokenize)["recall_nll"]
     for index, nll in enumerate(together):
         own = [[asked[index // 2][index % 2]]]
-        alone = ask(where, prefix_QT[index : index + 1], own, "text", planted.tokenize)["recall_nll"]
+        alone = ask(where, prefix_QT[index : index + 1], own, "text", planted.guide.tokenize)["recall_nll"]
         assert alone == pytest.approx([nll], rel=1e-4)
 
 
@@ -163,13 +163,13 @@ def test_each_stream_answers_with_its_own_memory(model, tokenizer, planted):
     where = setting(model, tokenizer)
     nothing_BT = torch.zeros(2, 0, dtype=torch.long)
     asked = [facts[:2] for facts in planted.facts]
-    before = ask(where, nothing_BT, asked, "text", planted.tokenize)["recall_nll"]
+    before = ask(where, nothing_BT, asked, "text", planted.guide.tokenize)["recall_nll"]
     adapter = Adapter.fresh(where.backbone, CONFIG, num_streams=2)
     with torch.no_grad():
         for weight in adapter.up.values():
             weight[1] = 0.3
     with adapter.attached(where.backbone):
-        after = ask(where, nothing_BT, asked, "text", planted.tokenize)["recall_nll"]
+        after = ask(where, nothing_BT, asked, "text", planted.guide.tokenize)["recall_nll"]
     assert after[:2] == pytest.approx(before[:2])
     assert all(abs(own - old) > 0.01 for own, old in zip(after[2:], before[2:], strict=True))
 

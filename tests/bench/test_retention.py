@@ -154,6 +154,16 @@ def test_a_row_per_seed_and_length_with_its_worst_round():
     }
 
 
+def test_a_run_with_less_to_show_has_a_row_and_is_compared_with():
+    reference = [
+        record for record in synthetic("truncation", {10: 3.0}, num_rounds=10, seed=1) if "gap" not in record.metric
+    ]
+    heads, rows = retention_rows(reference + synthetic("absorber", {10: 2.5}, num_rounds=10, seed=1))
+    cells = [dict(zip(heads, row, strict=True)) for row in rows]
+    assert [cell["windowed gap closed"] for cell in cells] == ["", "250 %"]
+    assert [cell["worst round, nats"] for cell in cells] == ["+0.0000 (round 10)", "-0.5000 (round 10)"]
+
+
 @pytest.mark.parametrize("name", [name for name, way in METHODS.items() if isinstance(way, LoRA)])
 def test_every_adapter_method_changes_what_is_said_and_leaves_the_model(name, model, tokenizer, data_dir):
     texts = TASK.prepare(model, tokenizer, data_dir, drift_kinds=("code",))

@@ -35,10 +35,8 @@ class Planted:
     """What is read: m + n * rounds tokens."""
     facts: list[list[Fact]]
     """Of each stream, in the order of the text."""
-    tokenize: Callable[[str], list[int]]
-    """Without special tokens."""
     guide: Guide
-    """For study."""
+    """For study, and to tokenize questions."""
     in_view: dict[tuple[int, Wording], dict[str, list[float]]] = field(default_factory=dict)
     """What the model answers with the context in view, by round and wording."""
 
@@ -71,10 +69,6 @@ class Recall(Task):
             BenchmarkError: If there is too little text, or too little room in it.
         """
 
-        def tokenize(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids
-
         guide = make_guide(tokenizer, model)
         plain_BT = streams(
             tokenizer,
@@ -89,9 +83,9 @@ class Recall(Task):
             # Streams begin with different kinds, so that every age is asked about all of them.
             own = draw_facts(self.num_facts * self.num_rounds, seed=f"{self.seed}/{index}", first_kind=index)
             dice = random.Random(f"places/{self.seed}/{index}")
-            rows.append(_plant(self, plain, own, tokenize, guide.breaks_V, dice))
+            rows.append(_plant(self, plain, own, guide.tokenize, guide.breaks_V, dice))
             facts.append(own)
-        return Planted(torch.tensor(rows), facts, tokenize, guide)
+        return Planted(torch.tensor(rows), facts, guide)
 
     def examine(self, setting: Setting, reader: Reader, texts: Planted, number: int) -> dict[str, list[float]]:
         """Ask for facts of every age; the figures are named metric/age/wording/view."""
@@ -104,12 +98,12 @@ class Recall(Task):
                 asked = [own[planted * self.num_facts :][: self.num_facts] for own in texts.facts]
                 if (planted, wording) not in texts.in_view:
                     context_BN = texts.token_ids_BT[:, planted * self.context_tokens :][:, : self.context_tokens]
-                    texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.tokenize)
+                    texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.guide.tokenize)
                 answers = {"full": texts.in_view[planted, wording]}
                 with reader.speaking():
                     for view, read in (("contextless", reader.contextless), ("windowed", reader.windowed)):
-                        prefix_QT = _before_each(read, asked, wording, texts.tokenize)
-                        answers[view] = ask(setting, prefix_QT, asked, wording, texts.tokenize)
+                        prefix_QT = _before_each(read, asked, wording, texts.guide.tokenize)
+                        answers[view] = ask(setting, prefix_QT, asked, wording, texts.guide.tokenize)
                 for view, metrics in answers.items():
                     found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
         return found

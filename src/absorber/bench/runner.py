@@ -76,10 +76,6 @@ def run_task(
             )
         )
 
-    def append_new(records: list[Record]) -> None:
-        if _identity(records[0]) not in known:
-            append_records(output, records)
-
     reference: list[Checkpoint] = []
     for name, method in methods.items():
         label, blank = labels.get(name, {}), Checkpoint(0, {}, 0.0)
@@ -93,8 +89,9 @@ def run_task(
             listener.say(f"reading with full attention and with {task.reference}, for comparison")
             reference = checkpoints(task.reference, METHODS[task.reference])
             if not labels and task.reference not in methods:
-                own = METHODS[task.reference].config()
-                append_new(task.to_records(task.reference, own, reference, reference, facts))
+                own = task.to_records(task.reference, METHODS[task.reference].config(), reference, reference, facts)
+                if _identity(own[0]) not in known:
+                    append_records(output, own)
         try:
             if backbone.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,8 @@ def icl(
     What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
 
     Args:
-        methods: full, truncation, sink, temp-lora, dcd, absorber-paper, absorber; all if left out.
+        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
+            absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
         output: File of records, one JSON object a line.
         data_dir: Folder with ag_news/test.csv, trec/*.txt, banking77/*.csv; the Hugging Face hub if left out.
         dataset: ag_news, trec, banking77.
@@ -67,7 +68,8 @@ def reasoning(
     What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
 
     Args:
-        methods: full, truncation, sink, temp-lora, dcd, absorber-paper, absorber; all if left out.
+        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
+            absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
         output: File of records, one JSON object a line.
         data_dir: Folder with musique/*.jsonl; the Hugging Face hub if left out.
         split: report, or choose for searching options; each half of the questions serves one.
@@ -103,7 +105,8 @@ def summary(
     What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
 
     Args:
-        methods: full, truncation, sink, temp-lora, dcd, absorber-paper, absorber; all if left out.
+        methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
+            absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
         output: File of records, one JSON object a line.
         data_dir: Folder with samsum/*.json, squality/dev.jsonl; the Hugging Face hub if left out.
         dataset: samsum, or squality, whose stories need 14 rounds or more.
