@@ -24,6 +24,7 @@ from absorber.adapter import Adapter, Snapshot
 from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
+from absorber.fused import fused
 from absorber.lessons import Lesson, Lessons, Past
 from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, settled, take_step
@@ -128,7 +129,7 @@ def absorb_context(
     results = [RoundResult() for _ in range(num_streams)]
     optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
-        with untouched(backbone.model), adapter.attached(backbone):
+        with untouched(backbone.model), adapter.attached(backbone), fused(backbone):
             judged = config.held_out_tokens
             if num_generated or subsequent_BM.shape[1] < judged + 2:
                 judged = 0
@@ -264,8 +265,8 @@ def _note(
 ) -> Tensor:
     """Write down the running streams' losses on the round's own text; return which streams go on."""
     goes_on_B = running_B.clone()
-    for index, loss in enumerate(loss_B.tolist()):
-        if not running_B[index]:
+    for index, (loss, runs) in enumerate(zip(loss_B.tolist(), running_B.tolist(), strict=True)):
+        if not runs:
             continue
         if own or not math.isfinite(loss):
             results[index].losses.append(loss)

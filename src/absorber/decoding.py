@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, cache_argument
 from absorber.errors import ConfigError, ContextError
+from absorber.fused import fused
 from absorber.generation import Decoder, applied, check_room
 from absorber.graphs import is_plain
 from absorber.merging import converted, merge
@@ -259,7 +260,7 @@ class StaticDecoder:
         for layer in self._layers:
             layer.start = start
         try:
-            with applied(self._backbone, self._beside):
+            with applied(self._backbone, self._beside), fused(self._backbone):
                 place_T = torch.arange(start, end, device=piece_BT.device)
                 final_BTD = self._run(piece_BT, place_T[None])
         finally:

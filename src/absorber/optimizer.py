@@ -132,11 +132,7 @@ def take_step(
         config: Clipping.
     """
     if config.gradient_clip is not None:
-        gradients = [weight.grad for weight in adapter.parameters() if weight.grad is not None]
-        norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])
-        factor_B = (config.gradient_clip / norms_B.norm(dim=0).clamp_min(1e-12)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(factor_B.view(-1, 1, 1).to(gradient.dtype))
+        _clip([weight.grad for weight in adapter.parameters() if weight.grad is not None], config.gradient_clip)
     # Momentum and weight decay would move a stopped stream even without a gradient.
     stopped_B = None if running_B.all() else ~running_B
     held = None if stopped_B is None else adapter.snapshot(stopped_B)
@@ -145,3 +141,15 @@ def take_step(
     optimizer.step()
     if held is not None:
         adapter.restore(held, stopped_B)
+
+
+def _clip(gradients: list[Tensor], norm: float) -> None:
+    """Scale each stream's gradients down to a norm that they exceed, in place."""
+    if gradients[0].shape[0] == 1:  # in a few launches for all of them
+        factor = (norm / torch.stack(torch._foreach_norm(gradients)).float().norm().clamp_min(1e-12)).clamp_max(1.0)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        return
+    norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])
+    factor_B11 = (norm / norms_B.norm(dim=0).clamp_min(1e-12)).clamp_max(1.0).view(-1, 1, 1)
+    for gradient in gradients:
+        gradient.mul_(factor_B11.to(gradient.dtype))

@@ -33,6 +33,7 @@ from absorber.bench.speed import Cell, Figure, make_room, milliseconds
 from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
+from absorber.fused import fused
 from absorber.lessons import Lesson, Past
 from absorber.optimizer import new_optimizer, take_step
 from absorber.student import gradients, synchronization_loss
@@ -385,7 +386,7 @@ class Desk:
 
         works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": look}
         works |= {"optimizer_ms": optimize, "snapshot_ms": adapter.snapshot}
-        with untouched(self._backbone.model), adapter.attached(self._backbone):
+        with untouched(self._backbone.model), adapter.attached(self._backbone), fused(self._backbone):
             figures = [
                 Figure(name, milliseconds(self._device, work, repeats=task.repeats, warm_ups=2), "ms")
                 for name, work in works.items()
