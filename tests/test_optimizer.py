@@ -8,7 +8,7 @@ import torch
 from absorber.adapter import Adapter
 from absorber.config import AbsorbConfig
 from absorber.errors import ConfigError
-from absorber.optimizer import new_optimizer, orthogonal, scheduled, take_step
+from absorber.optimizer import clip, new_optimizer, orthogonal, scheduled, take_step
 
 CONFIG = AbsorbConfig(rank=3, gradient_clip=None)
 
@@ -66,7 +66,7 @@ def test_four_steps_equal_the_twin(backbone, name):
             weight.grad = torch.randn(weight.shape, generator=generator)
             for b in range(2):
                 plain[b][index] = slow_step(name, plain[b][index], weight.grad[b], states[b][index], rate, 0.1, step)
-        take_step(optimizer, adapter, torch.tensor([True, True]), rate, config)
+        take_step(optimizer, adapter, torch.tensor([True, True]), rate)
     for b in range(2):
         for ours, theirs in zip(adapter.parameters(), plain[b], strict=True):
             torch.testing.assert_close(ours[b].detach(), theirs, rtol=1e-3, atol=1e-4)
@@ -82,13 +82,29 @@ def test_a_stopped_stream_stays_and_each_stream_is_clipped_by_itself(backbone, n
         for weight in adapter.parameters():
             weight.grad = torch.ones_like(weight)
             weight.grad[2] *= 1e-6
-        take_step(optimizer, adapter, torch.tensor(running), 0.01, config)
+        clip(adapter, config.gradient_clip)
+        take_step(optimizer, adapter, torch.tensor(running), 0.01)
         norms = torch.stack([weight.grad.flatten(1).norm(dim=1) for weight in adapter.parameters()]).norm(dim=0)
         assert norms[0] == pytest.approx(1.0)
         assert norms[2] < 1e-3
         for ours, old in zip(adapter.parameters(), before, strict=True):
             assert torch.equal(ours[1], old[1]) == (not running[1])
             assert not torch.equal(ours[0], old[0])
+
+
+def test_a_single_stream_is_clipped_as_one_of_many(backbone):
+    adapters = [Adapter.fresh(backbone, CONFIG, num_streams=count) for count in (1, 2)]
+    for adapter in adapters:
+        for index, weight in enumerate(adapter.parameters()):
+            weight.grad = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(index)).expand_as(
+                weight
+            )
+            weight.grad = weight.grad.clone()
+        clip(adapter, 0.5)
+    for one, many in zip(*(adapter.parameters() for adapter in adapters), strict=True):
+        torch.testing.assert_close(one.grad[0], many.grad[1])
+    clip(adapters[0], None)
+    assert torch.stack([weight.grad.norm() for weight in adapters[0].parameters()]).norm() == pytest.approx(0.5)
 
 
 def test_the_schedule():

@@ -58,7 +58,7 @@ def test_weights_adapter_optimizer_and_states_are_exact(dtype, optimizer):
         lesson.target = teach(backbone, adapter, lesson.context_BN, lesson.subsequent_BM, preset.absorb, sink_id=0)
         gradients(backbone, adapter, before, lesson, preset.absorb, running, sink_id=0, segments=1)
     own = new_optimizer(adapter.parameters(), preset.absorb)
-    take_step(own, adapter, running, scheduled(1e-3, 0, 4, preset.absorb), preset.absorb)
+    take_step(own, adapter, running, scheduled(1e-3, 0, 4, preset.absorb))
     moments = [tensor for state in own.state.values() for tensor in state.values() if tensor.dim()]
     slopes = [weight.grad for weight in adapter.parameters()]
     assert expected.optimizer == num_bytes(moments) + num_bytes(slopes) + num_bytes(before)

@@ -238,7 +238,7 @@ def _train(
         if last or not running_B.any():
             break
         rate = scheduled(learning_rate, step, config.max_steps, config)
-        take_step(optimizer, adapter, running_B, rate, config)
+        take_step(optimizer, adapter, running_B, rate)
         for index in running_B.nonzero().flatten().tolist():
             results[index].num_steps += 1
 

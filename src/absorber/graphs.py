@@ -34,19 +34,24 @@ class _Recorded:
     inputs: list[Tensor]
     running_B: Tensor
     loss_B: Tensor
-    gradients: list[Tensor]
+    gradients: list[Tensor | None]
 
 
 class StepGraphs:
     """The graphs of one adapter."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Begin with none.
+
+        Args:
+            weights: The adapter's.
+        """
+        self._weights = weights
         self._recorded: dict[Any, _Recorded | None] = {}
         self._pool: Any = None
 
     def run(
-        self, key: Any, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, weights: Sequence[Tensor]
+        self, key: Any, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, finish: Callable[[], None]
     ) -> Tensor | None:
         """Compute losses and leave their gradients in the weights' `grad`.
 
@@ -55,7 +60,7 @@ class StepGraphs:
             compute: Inputs to losses [B].
             inputs: Tensors whose values may differ from call to call.
             running_B: Which streams' losses count.
-            weights: The adapter's.
+            finish: What is done with the gradients after the backward pass.
 
         Returns:
             The losses, without gradient; None on the first call with this key, which has to run as usual.
@@ -66,27 +71,28 @@ class StepGraphs:
             return None
         found = self._recorded[key]
         if found is None:
-            found = self._recorded[key] = self._record(compute, inputs, running_B, weights)
+            found = self._recorded[key] = self._record(compute, inputs, running_B, finish)
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
         found.running_B.copy_(running_B)
         found.graph.replay()
-        for weight, gradient in zip(weights, found.gradients, strict=True):
+        for weight, gradient in zip(self._weights, found.gradients, strict=True):
             weight.grad = gradient
         return found.loss_B.clone()
 
     def _record(
-        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, weights: Sequence[Tensor]
+        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, finish: Callable[[], None]
     ) -> _Recorded:
         own, running = [tensor.clone() for tensor in inputs], running_B.float()
-        for weight in weights:
+        for weight in self._weights:
             weight.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             loss_B = compute(*own)
             (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
+            finish()
         self._pool = graph.pool()
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        gradients = [weight.grad for weight in self._weights]
         return _Recorded(graph, own, running, loss_B.detach(), gradients)
 
 
@@ -108,7 +114,7 @@ def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
     """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
     if backbone.device.type != "cuda" or not is_plain(backbone):
         return None
-    return _graphs_of.setdefault(adapter, StepGraphs())
+    return _graphs_of.setdefault(adapter, StepGraphs(adapter.parameters()))
 
 
 @contextlib.contextmanager

@@ -120,19 +120,15 @@ def take_step(
     adapter: Adapter,
     running_B: Tensor,
     learning_rate: float,
-    config: AbsorbConfig,
 ) -> None:
     """One optimizer step of the running streams; the others keep their weights.
 
     Args:
         optimizer: From `new_optimizer`.
-        adapter: With gradients.
+        adapter: With gradients, clipped.
         running_B: Which streams learn.
         learning_rate: Of this step.
-        config: Clipping.
     """
-    if config.gradient_clip is not None:
-        _clip([weight.grad for weight in adapter.parameters() if weight.grad is not None], config.gradient_clip)
     # Momentum and weight decay would move a stopped stream even without a gradient.
     stopped_B = None if running_B.all() else ~running_B
     held = None if stopped_B is None else adapter.snapshot(stopped_B)
@@ -143,9 +139,12 @@ def take_step(
         adapter.restore(held, stopped_B)
 
 
-def _clip(gradients: list[Tensor], norm: float) -> None:
-    """Scale each stream's gradients down to a norm that they exceed, in place."""
-    if gradients[0].shape[0] == 1:  # in a few launches for all of them
+def clip(adapter: Adapter, norm: float | None) -> None:
+    """Scale each stream's gradients down to a norm that they exceed, in place; without a norm do nothing."""
+    gradients = [weight.grad for weight in adapter.parameters() if weight.grad is not None]
+    if norm is None or not gradients:
+        return
+    if adapter.num_streams == 1:  # in a few launches for all of them
         factor = (norm / torch.stack(torch._foreach_norm(gradients)).float().norm().clamp_min(1e-12)).clamp_max(1.0)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         return

@@ -4,6 +4,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from absorber.config import AbsorbConfig
 from absorber.errors import ContextError
 from absorber.graphs import graphs_of, without_masks
 from absorber.lessons import Lesson
+from absorber.optimizer import clip
 from absorber.synchronization import Target, distribution_loss, hidden_distance
 from absorber.teacher import hidden_layers
 
@@ -96,7 +98,7 @@ def gradients(
     sink_id: int | None,
     segments: int,
 ) -> Tensor:
-    """Run the student forward and backward; the gradients for the running streams are left in the weights' `grad`.
+    """Run the student forward and backward; the running streams' gradients, clipped, are left in the weights' `grad`.
 
     Args:
         backbone: The model, with `adapter` attached.
@@ -118,9 +120,15 @@ def gradients(
     if loss_B is None:
         loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
         loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
+        _finish(adapter, config)
+    return loss_B.detach()
+
+
+def _finish(adapter: Adapter, config: AbsorbConfig) -> None:
+    """Leave the part that studies alone, and clip what is left."""
     if config.study != "off":
         adapter.drop_gradients(slice(config.rank, None))
-    return loss_B.detach()
+    clip(adapter, config.gradient_clip)
 
 
 def _recorded(
@@ -154,4 +162,4 @@ def _recorded(
     states = [*target.layers, *(final for _, final in target.finals)]
     key = (lesson.is_anchor, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
     inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
-    return graphs.run(key, compute, inputs, running_B, adapter.parameters())
+    return graphs.run(key, compute, inputs, running_B, partial(_finish, adapter, config))

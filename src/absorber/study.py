@@ -20,7 +20,7 @@ from absorber.backbone import Backbone, forward_states, num_features, untouched,
 from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
 from absorber.notes import Notes, given, readable
-from absorber.optimizer import scheduled, take_step
+from absorber.optimizer import clip, scheduled, take_step
 from absorber.synchronization import next_token_loss
 
 # --- Where it is kept
@@ -216,14 +216,16 @@ def learn(
         with without_masks(backbone):
             return compute(rows_BRT)
 
+    def finish() -> None:
+        adapter.drop_gradients(slice(config.rank), of_all_down=True)
+        clip(adapter, config.gradient_clip)
+
     steps = list(rows_of_steps(own, past, text_BT.cpu(), config, round_number=round_number))
     for step, rows_BRT in enumerate(rows.to(backbone.device) for rows in steps):
         for weight in weights:
             weight.grad = None
-        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, weights)
+        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, finish)
         if recorded is None:
             compute(rows_BRT).sum().backward()  # type: ignore[no-untyped-call]
-        adapter.drop_gradients(slice(config.rank), of_all_down=True)
-        take_step(
-            optimizer, adapter, everyone_B, scheduled(config.study_learning_rate, step, len(steps), config), config
-        )
+            finish()
+        take_step(optimizer, adapter, everyone_B, scheduled(config.study_learning_rate, step, len(steps), config))

@@ -382,7 +382,7 @@ class Desk:
             synchronization_loss(self._backbone, adapter, before, lesson, config, sink_id=_SINK, segments=1)
 
         def optimize() -> None:
-            take_step(optimizer, adapter, running_B, 0.0, config)
+            take_step(optimizer, adapter, running_B, 0.0)
 
         works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": look}
         works |= {"optimizer_ms": optimize, "snapshot_ms": adapter.snapshot}
