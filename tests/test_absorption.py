@@ -68,8 +68,8 @@ def test_one_stream_is_undone_and_the_others_go_on(backbone, monkeypatch, poison
     """The gradient of stream 1 is spoiled; streams 0 and 2 must end as if it were not there."""
     step = absorber.absorption.take_step
 
-    def spoiled(*args):
-        step(*args)
+    def spoiled(optimizer, adapter, *rest):
+        step(optimizer, adapter, *rest)
         with torch.no_grad():
             for weight in adapter.parameters():
                 if poison_stream:

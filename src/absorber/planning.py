@@ -182,7 +182,7 @@ def needs(
     adapter_bytes = 2 if config.adapter_dtype == "bfloat16" else 4
     rows = num_streams * (stream.sync_tokens + 1)
     taught = num_streams * (stream.teacher_tokens + stream.window_tokens + 1)
-    block = rows * _block_bytes(shape, weight_bytes, config.adapter_rank)
+    block = rows * _block_bytes(shape, weight_bytes, config.adapter_rank, fused=kernels.usable_on(device))
     kept = rows * shape.num_layers * shape.hidden * weight_bytes + block if config.checkpointing else None
     student = block * shape.num_layers if kept is None else kept
     student += adapter * weight_bytes if weight_bytes != adapter_bytes else 0  # converted for the products
@@ -207,11 +207,14 @@ def needs(
     )
 
 
-def _block_bytes(shape: Shape, weight_bytes: int, rank: int) -> int:
-    """What the backward pass of one block needs of one token: both norms in float32, what the projections are given,
-    queries, keys, values and their mixture, gate, its activation, the other branch, their product; A x of each."""
-    numbers = 2 * shape.hidden + 2 * shape.query_features + shape.cache_features + 4 * shape.intermediate
-    return 2 * 4 * shape.hidden + weight_bytes * (numbers + 7 * rank)
+def _block_bytes(shape: Shape, weight_bytes: int, rank: int, *, fused: bool) -> int:
+    """What the backward pass of one block needs of one token: what norms and projections are given, queries, keys,
+    values and their mixture, gate, the other branch, their product; A x of each. Parts that are not fused keep what the
+    norms are given in float32, and the gate's activation."""
+    numbers = 2 * shape.hidden + 2 * shape.query_features + shape.cache_features + 3 * shape.intermediate + 7 * rank
+    if fused:
+        return weight_bytes * (numbers + 2 * shape.hidden)
+    return weight_bytes * (numbers + shape.intermediate) + 2 * 4 * shape.hidden
 
 
 def absorb_ms(shape: Shape, preset: Preset, rates: Rates, *, num_streams: int = 1) -> float:
