@@ -32,17 +32,19 @@ from absorber.errors import (
 from absorber.version import __version__
 
 if TYPE_CHECKING:
+    from absorber.absorbing import absorb
     from absorber.memory import Memory, Round
     from absorber.models import load
-    from absorber.session import Progress, Session, absorb
+    from absorber.progress import Progress
+    from absorber.session import Session
 
 # These import torch, so they are imported when first used (PEP 562).
 _LAZY = {
     "Memory": "absorber.memory",
     "Round": "absorber.memory",
-    "Progress": "absorber.session",
+    "Progress": "absorber.progress",
     "Session": "absorber.session",
-    "absorb": "absorber.session",
+    "absorb": "absorber.absorbing",
     "load": "absorber.models",
 }
 

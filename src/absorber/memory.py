@@ -17,12 +17,15 @@ import torch
 from absorber.adapter import Adapter, load_peft, save_peft
 from absorber.backbone import base_name, fingerprint, inspect, untouched
 from absorber.config import AbsorbConfig, StreamConfig
-from absorber.errors import AbsorberError, MemoryFileError, MemoryMismatchError
+from absorber.errors import AbsorberError, ConfigError, MemoryFileError, MemoryMismatchError
 from absorber.store import read_json, recover, whole_folder, write_json
 from absorber.version import __version__
 
 FORMAT = 1
 PROVENANCE = "absorber.json"
+
+# What the weights have been made with.
+_FIXED = ("rank", "alpha", "target_modules", "adapted_layers", "adapter_dtype", "sink")
 
 # The ledger keeps this many last rounds, so that a memory's size does not grow with its stream.
 _LEDGER_ROUNDS = 1000
@@ -126,6 +129,21 @@ class Memory:
             MemoryMismatchError: If it is another.
         """
         _check_base(model, self.fingerprint, base=self.base, what="this memory")
+
+    def go_on_with(self, config: AbsorbConfig, stream: StreamConfig) -> None:
+        """Take other settings for the rounds to come.
+
+        Raises:
+            ConfigError: If the weights cannot go on with them.
+        """
+        for name in _FIXED:
+            begun, got = getattr(self.config, name), getattr(config, name)
+            if begun != got:
+                raise ConfigError(
+                    f"the memory has {name} {begun!r}; got {got!r}. This cannot change once it is begun; leave it "
+                    "out or begin a new memory"
+                )
+        self.config, self.stream = config, stream
 
     # --- On disk
 

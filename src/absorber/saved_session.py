@@ -1,16 +1,20 @@
 """A session on disk: a folder with its memory, its window and its random state, written whole or not at all."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from absorber.errors import MemoryFileError, SessionNotFoundError
+from absorber.lessons import Past
 from absorber.memory import Memory
+from absorber.notes import Notes
 from absorber.store import read_json, recover, whole_folder, write_json
+from absorber.stream import Stream
 
 FORMAT = 4
 STATE = "session.json"
@@ -44,6 +48,46 @@ class SavedSession:
     """State of the generator, uint8."""
     moments: Moments
     """State of the optimizer by number of the weight; empty if it is not carried over rounds."""
+
+    @classmethod
+    def of(cls, stream: Stream, memory: Memory, *, sources: dict[str, int], random_state: Tensor) -> Self:
+        """Collect it from a stream, the only one of its batch, and what the session itself has."""
+        optimizer = stream.optimizer
+        return cls(
+            memory=memory,
+            window_ids=stream.window_BT[0].tolist(),
+            behind_ids=stream.behind_BT[0].tolist(),
+            pending_ids=stream.pending_BT[0].tolist(),
+            replay_ids=[
+                [past.context_BN[0].tolist(), past.subsequent_BM[0].tolist()] for past in stream.reservoir.items
+            ],
+            studied_codes=[[part[0].tolist() for part in notes] for notes in stream.studied.items],
+            anchor_ids=None if stream.anchors is None else stream.anchors.tolist(),
+            sources=sources,
+            random_state=random_state,
+            moments={} if optimizer is None else optimizer.state_dict()["state"],
+        )
+
+    def put_back(self, stream: Stream) -> None:
+        """Bring a new stream to where the saved one was.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: If what was read does not fit together.
+        """
+        if len(self.window_ids) > self.memory.stream.window_tokens:
+            raise ValueError(f"its window has {len(self.window_ids)} tokens")
+        stream.window_BT = torch.tensor([self.window_ids], dtype=torch.long)
+        stream.behind_BT = torch.tensor([self.behind_ids], dtype=torch.long)
+        stream.pending_BT = torch.tensor([self.pending_ids], dtype=torch.long)
+        stream.reservoir.items = [
+            Past(torch.tensor([context], dtype=torch.long), torch.tensor([subsequent], dtype=torch.long))
+            for context, subsequent in self.replay_ids
+        ]
+        stream.studied.items = [Notes.of(*parts, config=self.memory.config) for parts in self.studied_codes]
+        stream.anchors = None if self.anchor_ids is None else torch.tensor(self.anchor_ids)
+        if stream.optimizer is not None and self.moments:
+            _check_moments(self.moments, self.memory.adapter.parameters())
+            stream.optimizer.load_state_dict({**stream.optimizer.state_dict(), "state": self.moments})
 
 
 def write(folder: str | os.PathLike[str], saved: SavedSession) -> None:
@@ -132,6 +176,13 @@ def _token_ids(values: list[Any], model: Any) -> list[int]:
     if not all(isinstance(value, int) and 0 <= value < vocabulary for value in values):
         raise ValueError("a token id is outside the model's vocabulary")
     return values
+
+
+def _check_moments(moments: Moments, weights: Sequence[Tensor]) -> None:
+    for index, entry in moments.items():
+        for name, value in entry.items():
+            if value.dim() and value.shape != weights[index].shape:
+                raise ValueError(f"the optimizer's {name} of weight {index} has shape {tuple(value.shape)}")
 
 
 def is_session(folder: str | os.PathLike[str]) -> bool:

@@ -1,13 +1,9 @@
-"""A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed.
-
-`absorb` is a session that reads one text and keeps the memory alone.
-"""
+"""A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed."""
 
 import contextlib
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,39 +13,15 @@ from absorber import saved_session
 from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.decoding import StaticDecoder, Way, new_decoder
-from absorber.errors import ConfigError, ContextError, DivergedError, MemoryFileError
+from absorber.errors import ConfigError, ContextError, MemoryFileError
 from absorber.gate import Rule, Signals, opens, signals
 from absorber.generation import Decoder, choose_token
-from absorber.lessons import Past
 from absorber.memory import Memory, Round
-from absorber.notes import Notes, make_guide
-from absorber.saved_session import Moments, SavedSession, is_session
+from absorber.notes import make_guide
+from absorber.progress import OnProgress, Progress
+from absorber.saved_session import SavedSession, is_session
 from absorber.stream import Stream
 from absorber.text import as_turn, cut
-
-# What the weights of a memory have been made with.
-_FIXED = ("rank", "alpha", "target_modules", "adapted_layers", "adapter_dtype", "sink")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a session stands, for whoever shows it."""
-
-    num_tokens: int
-    """Tokens that have entered the window or are absorbed."""
-    num_rounds: int
-    """Rounds finished."""
-    step: int
-    """Step of the running round, from 0; `max_steps` when its last loss was taken."""
-    max_steps: int
-    """K."""
-    loss: float
-    """Synchronization loss before that step."""
-    finished: Round | None
-    """The round that has just ended, or None."""
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Session:
@@ -96,8 +68,7 @@ class Session:
             memory = Memory.fresh(model, sink_id=sink_id, config=config, stream=stream)
         else:
             memory.check(model)
-            _check_fixed(memory, config)
-            memory.config, memory.stream = config, stream
+            memory.go_on_with(config, stream)
         self.memory = memory
         self._progress = progress
         self._eos_ids = eos_tokens(model, tokenizer)
@@ -206,13 +177,10 @@ class Session:
                 self.append_ids(fresh)
         return read
 
-    def flush(self) -> None:
-        """End the input: absorb the rest of the window if `StreamConfig.flush` is "generate", else keep it."""
-        if self.memory.stream.flush == "generate":
-            self._flush()
-
-    def _flush(self) -> None:
-        self._stream.flush(eos_ids=self._eos_ids, generator=self._generator)
+    def flush(self, *, always: bool = False) -> None:
+        """End the input: absorb what is left if `StreamConfig.flush` is "generate" or always, else keep it."""
+        if always or self.memory.stream.flush == "generate":
+            self._stream.flush(eos_ids=self._eos_ids, generator=self._generator)
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -395,25 +363,10 @@ class Session:
         Raises:
             MemoryFileError: If something that is not a session stands there, or it cannot be written.
         """
-        optimizer = self._stream.optimizer
-        saved_session.write(
-            folder,
-            SavedSession(
-                memory=self.memory,
-                window_ids=self.window_ids,
-                behind_ids=self._stream.behind_BT[0].tolist(),
-                pending_ids=self._stream.pending_BT[0].tolist(),
-                replay_ids=[
-                    [past.context_BN[0].tolist(), past.subsequent_BM[0].tolist()]
-                    for past in self._stream.reservoir.items
-                ],
-                studied_codes=[[part[0].tolist() for part in notes] for notes in self._stream.studied.items],
-                anchor_ids=None if self._stream.anchors is None else self._stream.anchors.tolist(),
-                sources=self._sources,
-                random_state=self._generator.get_state(),
-                moments={} if optimizer is None else optimizer.state_dict()["state"],
-            ),
+        saved = SavedSession.of(
+            self._stream, self.memory, sources=self._sources, random_state=self._generator.get_state()
         )
+        saved_session.write(folder, saved)
 
     @classmethod
     def resume(
@@ -434,39 +387,13 @@ class Session:
         """
         saved = saved_session.read(folder, model)
         session = cls(model, tokenizer, memory=saved.memory, progress=progress, merged=merged)
-        stream = session._stream
         try:
-            if len(saved.window_ids) > saved.memory.stream.window_tokens:
-                raise ValueError(f"its window has {len(saved.window_ids)} tokens")
-            stream.window_BT = torch.tensor([saved.window_ids], dtype=torch.long)
-            stream.behind_BT = torch.tensor([saved.behind_ids], dtype=torch.long)
-            stream.pending_BT = torch.tensor([saved.pending_ids], dtype=torch.long)
-            stream.reservoir.items = [
-                Past(torch.tensor([context], dtype=torch.long), torch.tensor([subsequent], dtype=torch.long))
-                for context, subsequent in saved.replay_ids
-            ]
-            stream.studied.items = [Notes.of(*parts, config=saved.memory.config) for parts in saved.studied_codes]
-            stream.anchors = None if saved.anchor_ids is None else torch.tensor(saved.anchor_ids)
-            session._sources = saved.sources
+            saved.put_back(session._stream)
             session._generator.set_state(saved.random_state)
-            if stream.optimizer is not None and saved.moments:
-                state = {**stream.optimizer.state_dict(), "state": saved.moments}
-                _check_moments(saved.moments, saved.memory.adapter.parameters())
-                stream.optimizer.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{folder} is damaged: {error}. Restore a copy, or start anew") from error
+        session._sources = saved.sources
         return session
-
-
-def _check_fixed(memory: Memory, config: AbsorbConfig) -> None:
-    """Refuse settings that a memory cannot go on with."""
-    for name in _FIXED:
-        begun, got = getattr(memory.config, name), getattr(config, name)
-        if begun != got:
-            raise ConfigError(
-                f"the memory has {name} {begun!r}; got {got!r}. This cannot change once it is begun; leave it "
-                "out or begin a new memory"
-            )
 
 
 def _write(
@@ -476,13 +403,6 @@ def _write(
     if settings.temperature == 0:
         return decoder.write(min(at_most, decoder.ahead))
     return [choose_token(decoder.logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=generator)]
-
-
-def _check_moments(moments: Moments, weights: Sequence[torch.Tensor]) -> None:
-    for index, entry in moments.items():
-        for name, value in entry.items():
-            if value.dim() and value.shape != weights[index].shape:
-                raise ValueError(f"the optimizer's {name} of weight {index} has shape {tuple(value.shape)}")
 
 
 def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> Session:
@@ -495,60 +415,3 @@ def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> S
     if is_session(folder):
         return Session.resume(folder, model, tokenizer)
     return Session(model, tokenizer, memory=Memory.load(folder, model))
-
-
-def absorb(
-    model: Any,
-    tokenizer: Any,
-    text: str | Iterable[str],
-    config: AbsorbConfig | None = None,
-    stream: StreamConfig | None = None,
-    *,
-    memory: Memory | None = None,
-    progress: OnProgress | None = None,
-) -> Memory:
-    """Absorb a text of any length into a memory of constant size.
-
-    Args:
-        model: A Hugging Face causal language model; untouched.
-        tokenizer: Its tokenizer.
-        text: The text, or its parts, cut at ends of lines.
-        config: How a context is absorbed; the default if left out.
-        stream: How the text is cut; the default if left out. Its `flush` is "generate" unless it says "keep",
-            which leaves the last tokens, at most n + m - 1, out of the memory.
-        memory: A memory to go on from; it is changed in place and returned.
-        progress: Called before each step and after each round.
-
-    Returns:
-        The memory; its ledger says what every round did.
-
-    Raises:
-        ContextError: If the text is empty, or with `flush="keep"` shorter than a window.
-        DivergedError: If every round was rolled back.
-        AbsorptionError: If a round cannot be carried out.
-    """
-    with Session(model, tokenizer, config, stream, memory=memory, progress=progress) as session:
-        before = session.memory.num_rounds, session.memory.num_rolled_back
-        num_tokens = session.read("text", [text] if isinstance(text, str) else text)
-        if not num_tokens:
-            raise ContextError("the text is empty, so there is nothing to absorb; give some text")
-        if session.memory.stream.flush != "keep":
-            session._flush()
-        finish(session.memory, since=before, num_tokens=num_tokens)
-        return session.memory
-
-
-def finish(memory: Memory, *, since: tuple[int, int], num_tokens: int) -> None:
-    """Refuse a memory that absorbed nothing of what was read."""
-    rounds, rolled_back = memory.num_rounds - since[0], memory.num_rolled_back - since[1]
-    if rounds == 0:
-        window = memory.stream.window_tokens
-        raise ContextError(
-            f"the text has {num_tokens} tokens and the window {window}, so nothing left it to be absorbed; give more "
-            'text, make context_tokens or sync_tokens smaller, or use flush = "generate"'
-        )
-    if rounds == rolled_back:
-        raise DivergedError(
-            f"all {rounds} rounds were rolled back because their loss rose or was not finite, so nothing was absorbed; "
-            "use a smaller learning_rate"
-        )

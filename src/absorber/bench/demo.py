@@ -17,7 +17,8 @@ from absorber.config import AbsorbConfig, StreamConfig
 from absorber.generation import Decoder
 from absorber.memory import Memory, Round
 from absorber.models import DEFAULT_MODEL
-from absorber.session import OnProgress, Session
+from absorber.progress import OnProgress
+from absorber.session import Session
 from absorber.text import cut
 
 # Short windows, few steps and few anchors, for a CPU. The learning rate is higher because there are half as many steps;

@@ -56,7 +56,7 @@ class _Absorption:
         self.accepted_before = self.memory.num_rounds - self.memory.num_rolled_back
 
     def run(self) -> int:
-        from absorber.session import absorb
+        from absorber.absorbing import absorb
 
         start = self.start
         try:

@@ -17,7 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from absorber.cli.source import Source
     from absorber.memory import Round
-    from absorber.session import Progress as Standing
+    from absorber.progress import Progress as Standing
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 

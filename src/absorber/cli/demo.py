@@ -18,7 +18,7 @@ from absorber.store import write_json
 if TYPE_CHECKING:
     from absorber.bench.demo import Demonstration
     from absorber.memory import Memory
-    from absorber.session import Progress as Standing
+    from absorber.progress import Progress as Standing
 
 _PICTURE, _FIGURES, _MEMORY = "demo.png", "demo.json", "memory"
 
