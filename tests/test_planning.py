@@ -12,7 +12,7 @@ from absorber.adapter import Adapter
 from absorber.backbone import checkpointed, forward_states, inspect
 from absorber.bench.geometry import geometry_config
 from absorber.decoding import StaticDecoder
-from absorber.fused import fused
+from absorber.fused_text import fused
 from absorber.lessons import Lesson
 from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.planning import SPARE, Rates, absorb_ms, needs, plan, shape_of

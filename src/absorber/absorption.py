@@ -24,7 +24,7 @@ from absorber.adapter import Adapter, Snapshot
 from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
-from absorber.fused import fused
+from absorber.fused_text import fused
 from absorber.lessons import Lesson, Lessons, Past
 from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, settled, take_step

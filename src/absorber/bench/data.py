@@ -31,7 +31,8 @@ def documents(kind: Kind, data_dir: Path, split: Split) -> list[tuple[str, str]]
 
     Args:
         kind: Books are `novels/*.txt`, or the `*.txt` of the folder itself; dialogues `samsum/*.json`; encyclopedia
-            text `wikitext2/*.txt`; code the standard library of the running Python, which needs no folder.
+            text `wikitext2/*.txt`; code `code/*.py`, or without that folder the standard library of the running
+            Python, which is another with each version.
         data_dir: Folder with the data.
         split: "choose" for searching options, "report" for the numbers.
 
@@ -87,7 +88,7 @@ def _encyclopedia(data_dir: Path) -> list[tuple[str, str]]:
 
 
 def _code(data_dir: Path) -> list[tuple[str, str]]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
+    folder = data_dir / "code" if (data_dir / "code").is_dir() else Path(sysconfig.get_paths()["stdlib"])
     return [(path.stem, _read(path)) for path in folder.glob("*.py") if path.stat().st_size > 4096]
 
 

@@ -33,7 +33,7 @@ from absorber.bench.speed import Cell, Figure, make_room, milliseconds
 from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
-from absorber.fused import fused
+from absorber.fused_text import fused
 from absorber.lessons import Lesson, Past
 from absorber.optimizer import new_optimizer, take_step
 from absorber.student import gradients, synchronization_loss

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from absorber import fused_kernels, kernels
+from absorber import kernels, kernels_text
 from absorber.adapter import Adapter, add_low_rank
 from absorber.backbone import checkpointed, forward_states, inspect, untouched
 from absorber.config import AbsorbConfig
-from absorber.fused import fused, gated, rotate
+from absorber.fused_text import fused, gated, rotate
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +65,7 @@ def test_rotate(rows, angle_rows, heads, dtype):
 def test_the_gradient_of_rotate_takes_any_strides():
     x = random(1, 3, 6, 8)
     angles = random(1, 6, 4, seed=1).detach().repeat(1, 1, 2)
-    turned = fused_kernels.rotate(x.detach().mT.contiguous().mT, angles.cos(), angles.sin())
+    turned = kernels_text.rotate(x.detach().mT.contiguous().mT, angles.cos(), angles.sin())
     close(turned, apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())[0].detach())
 
 
@@ -117,9 +117,9 @@ def test_blocks_that_are_computed_again_use_the_same_parts(kernels_run):
 def test_the_parts_are_used(kernels_run, monkeypatch):
     used = []
     for name in ("gated", "rotate"):
-        run = getattr(fused_kernels, name)
+        run = getattr(kernels_text, name)
         monkeypatch.setattr(
-            fused_kernels, name, lambda *args, run=run, name=name, **more: used.append(name) or run(*args, **more)
+            kernels_text, name, lambda *args, run=run, name=name, **more: used.append(name) or run(*args, **more)
         )
     states_and_gradients(make("llama"), 1, active=True)
     assert used.count("gated") == 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absorber import fused_kernels, kernels
+from absorber import kernels, kernels_text
 from absorber.backbone import Backbone
 
 ROTATE = "apply_rotary_pos_emb"
@@ -90,12 +90,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return fused_kernels.gated(gate, up)
+        return kernels_text.gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return fused_kernels.gated_slopes(gate, up, upstream[0].contiguous())
+        return kernels_text.gated_slopes(gate, up, upstream[0].contiguous())
 
 
 # --- Rotary positions
@@ -144,11 +144,11 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_BTE, sin_BTE)
-        return fused_kernels.rotate(x_BHTE, cos_BTE, sin_BTE)
+        return kernels_text.rotate(x_BHTE, cos_BTE, sin_BTE)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        return fused_kernels.rotate(upstream[0], *ctx.saved_tensors, back=True), None, None
+        return kernels_text.rotate(upstream[0], *ctx.saved_tensors, back=True), None, None
 
 
 @contextlib.contextmanager
