@@ -11,7 +11,7 @@ from absorber.generation import Decoder
 from absorber.kernels_decode import Launch, Norm, Products
 from absorber.merging import merge
 from architectures import build
-from test_decoding import QUICK, change, close, learned, tokens
+from test_decoding import QUICK, change, close, learned, on_gpu, tokens
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,8 +20,10 @@ KINDS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without a GPU the kernels run in Triton's interpreter."""
+    """Without a GPU the kernels run in Triton's interpreter, which takes about 10 ms a program: few and large ones."""
     monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: Launch(128, 32, 4))
 
 
 def draw(*shape, seed, scale=1.0):
@@ -43,13 +45,13 @@ def norm_of(size, kind, seed=40):
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), KINDS)
-@pytest.mark.parametrize("launch", [Launch(4, 64, 4), Launch(2, 256, 1)])  # several tiles of a row, and one
+@pytest.mark.parametrize("launch", [Launch(4, 64, 4), Launch(8, 256, 1)])  # several tiles of a row, and one
 @pytest.mark.parametrize(
     ("outputs", "more"), [((9,), {}), ((8, 5), {"rank": 3}), ((8, 3, 6), {"biases": True, "rank": 4})]
 )
 @pytest.mark.parametrize("normed", [True, False])
 def test_products_are_those_of_the_twin(monkeypatch, kind, tolerance, launch, outputs, more, normed):
-    monkeypatch.setitem(kernels_decode.LAUNCHES, (200, sum(outputs)), launch)
+    monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: launch)
     given, x = products(200, outputs, kind=kind, **more), draw(200, seed=50, scale=3.0).to(kind)
     options = {
         "norm": norm_of(200, kind) if normed else None,
@@ -65,7 +67,7 @@ def test_products_are_those_of_the_twin(monkeypatch, kind, tolerance, launch, ou
 @pytest.mark.parametrize("more", [{}, {"rank": 3, "biases": True}])
 @pytest.mark.parametrize("inputs", [64, 200])
 def test_gated_products_are_those_of_the_twin(monkeypatch, kind, tolerance, more, inputs):
-    monkeypatch.setitem(kernels_decode.LAUNCHES, (inputs, 20), Launch(4, 64, 4))
+    monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: Launch(4, 64, 4))
     given, x = products(inputs, (10, 10), kind=kind, **more), draw(inputs, seed=50).to(kind)
     norm = norm_of(inputs, kind)
     close(kernels_decode.project_gated(x, given, norm), plain_project_gated(x, given, norm), 3 * tolerance)
@@ -148,7 +150,7 @@ def test_a_memory_of_some_projections_and_layers():
     from absorber.config import AbsorbConfig
 
     backbone = inspect(build("llama").to(DEVICE))
-    config = AbsorbConfig(rank=3, target_modules=["v_proj", "down_proj"], adapted_layers=[1])
+    config = AbsorbConfig(rank=3, target_modules=("v_proj", "down_proj"), adapted_layers=(1,))
     adapter = Adapter.fresh(backbone, config)
     change(adapter, seed=0)
     quick = StaticDecoder(backbone, read_tokens=9, capacity=32, adapter=adapter)
@@ -207,3 +209,32 @@ def test_what_is_not_fused(monkeypatch):
     assert not fusable(inspect(other))
     monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
     assert not fusable(inspect(build("llama")))
+
+
+@on_gpu
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("way", ["beside", "merged"])
+def test_a_recorded_step_gives_the_same_bits_each_time(monkeypatch, way, early):
+    monkeypatch.setattr(kernels_decode, "EARLY", early)
+    backbone = inspect(build("llama").to("cuda"))
+    adapter = learned(backbone)
+    quick = StaticDecoder(backbone, read_tokens=8, capacity=64, adapter=adapter, way=way)
+    slow = Decoder(backbone, read_tokens=8, adapter=adapter)
+    slow.read(tokens(20)[0].tolist())
+    expected, logits = slow.write(12), []
+    for _ in range(3):
+        quick.reset()
+        quick.read(tokens(20)[0].tolist())
+        assert quick.write(12) == expected
+        logits.append(quick.logits_V.clone())
+    close(logits[0], slow.logits_V, 1e-3)
+    assert torch.equal(logits[1], logits[2])
+    assert quick._graph is not None
+
+
+@on_gpu
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, (4096, 1024, 1024)), (11008, (4096,)), (4096, (64,))])
+def test_products_at_full_size(inputs, outputs):
+    given = products(inputs, outputs, rank=64, kind=torch.bfloat16)
+    x, norm = draw(inputs, seed=50).bfloat16(), norm_of(inputs, torch.bfloat16)
+    close(kernels_decode.project(x, given, norm=norm), plain_project(x, given, norm=norm), 3e-2)

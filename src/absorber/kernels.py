@@ -134,18 +134,9 @@ def attend_one(query_BHE: Tensor, keys_BKCE: Tensor, values_BKCE: Tensor, place_
         GROUPS=heads // key_heads, FEATURES=features, KEYS=_KEYS, num_warps=4,
     )  # fmt: skip
     attend_join[(rows * heads,)](
-        parts,
-        peaks,
-        sums,
-        place_1,
-        out_BHE,
-        num_pieces,
-        FEATURES=features,
-        KEYS=_KEYS,
-        PIECES=32,
-        EARLY=False,
-        num_warps=4,
-    )
+        parts, peaks, sums, place_1, out_BHE, num_pieces,
+        FEATURES=features, KEYS=_KEYS, PIECES=32, EARLY=False, num_warps=4,
+    )  # fmt: skip
     return out_BHE
 
 

@@ -77,7 +77,7 @@ LAUNCHES: dict[tuple[int, int], Launch] = {
     # eight loads of 16 bytes under way, and a processor holds at least 512 threads.
     (4096, 12288): Launch(4, 1024, 4),
     (4096, 4096): Launch(4, 1024, 4),
-    (4096, 22016): Launch(4, 1024, 4),
+    (4096, 22016): Launch(2, 1024, 4),  # of gate and of up
     (11008, 4096): Launch(4, 1024, 4),
     (4096, 32000): Launch(4, 1024, 4),
 }
@@ -87,7 +87,10 @@ ATTEND = Launch(64, 0, 4)
 """Of `attend_new`: keys of a program, and warps."""
 
 EARLY = False
-"""Let a kernel begin to read weights while the one before it ends (programmatic dependent launch; Hopper and later)."""
+"""Let a kernel begin to read weights while the one before it ends (programmatic dependent launch; Hopper and later).
+
+Right by reasoning, measured nowhere: what a program reads before it waits (weights, keys of earlier tokens) was written
+before the step began, and each kernel waits for the one before it before it ends, so for all that came before."""
 
 
 def launch_for(inputs: int, outputs: int) -> Launch:
@@ -101,7 +104,8 @@ def launch_for(inputs: int, outputs: int) -> Launch:
 
 def _how(warps: int) -> dict[str, Any]:
     """What every launch is told; the interpreter does not know the last."""
-    return {"num_warps": warps, "EARLY": EARLY} | ({"launch_pdl": True} if EARLY else {})
+    early = EARLY and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"num_warps": warps, "EARLY": early} | ({"launch_pdl": True} if early else {})
 
 
 def project(
@@ -152,7 +156,7 @@ def project_gated(x_I: Tensor, products: Products, norm: Norm) -> Tensor:
     inputs, outputs = x_I.shape[0], products.outputs[0]
     low = _low(x_I, products, norm)
     launch = launch_for(inputs, 2 * outputs)
-    out_O = torch.empty(outputs, device=x_I.device, dtype=x_I.dtype)
+    out_O = x_I.new_empty(outputs)
     added = (*(products.biases or (None, None)), *(products.ups or (None, None)))
     _project_gated[(triton.cdiv(outputs, launch.rows),)](
         x_I, norm.gain, *products.weights, *added, low, out_O, outputs, norm.eps, products.scale,
@@ -191,7 +195,7 @@ def attend_new(
     key_heads, capacity, features = keys_KCE.shape
     heads = qkv.shape[0] // features - 2 * key_heads
     num_pieces = triton.cdiv(capacity, ATTEND.rows)
-    out = torch.empty(heads * features, device=qkv.device, dtype=qkv.dtype)
+    out = qkv.new_empty(heads * features)
     parts = torch.empty(heads, num_pieces, features, device=qkv.device)
     peaks, sums = (torch.empty(heads, num_pieces, device=qkv.device) for _ in range(2))
     query_gain, key_gain = (None, None) if norms is None else (norm.gain for norm in norms)
@@ -239,16 +243,15 @@ if triton is not None:
         return tl.load(weight + where, mask=there, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
-    def _added(bias, up, low, row, inside, scale, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr) -> Any:
+    def _added(bias, up_tile, low, row, inside, scale, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr) -> Any:
         """What bias and memory add to the outputs of some rows."""
         added = tl.zeros(row.shape, tl.float32)
         if bias is not None:
             added += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
-        if up is not None:
+        if up_tile is not None:
             rank = tl.arange(0, BLOCK_RANK)
-            tile = _tile(up, row, rank, inside, RANK)
             there = tl.load(low + rank, mask=rank < RANK, other=0.0)
-            added += scale * tl.sum(tile.to(tl.float32) * there[None, :], 1)
+            added += scale * tl.sum(up_tile.to(tl.float32) * there[None, :], 1)
         return added
 
     @triton.jit
@@ -280,6 +283,8 @@ if triton is not None:
         inside = row < size
         column = tl.arange(0, BLOCK)
         tile = _tile(weight, row, column, inside, SIZE)
+        if up is not None:  # asked for now, so that nobody waits for it at the end
+            up = _tile(up, row, tl.arange(0, BLOCK_RANK), inside, RANK)
         _begin(EARLY)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         squares = tl.zeros((1, BLOCK), tl.float32)
@@ -314,6 +319,11 @@ if triton is not None:
         column = tl.arange(0, BLOCK)
         gate_tile = _tile(gate, row, column, inside, SIZE)
         value_tile = _tile(value, row, column, inside, SIZE)
+        value_low = low
+        if gate_up is not None:
+            value_low = low + RANK
+            gate_up = _tile(gate_up, row, tl.arange(0, BLOCK_RANK), inside, RANK)
+            value_up = _tile(value_up, row, tl.arange(0, BLOCK_RANK), inside, RANK)
         _begin(EARLY)
         gates = tl.zeros((ROWS, BLOCK), tl.float32)
         values = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -329,10 +339,8 @@ if triton is not None:
             values += value_tile.to(tl.float32) * part
             gate_tile, value_tile = gate_ahead, value_ahead
         inverse = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / SIZE + eps)
-        value_low = low
-        if gate_up is not None:
-            value_low = low + RANK
-        g = tl.sum(gates, 1) * inverse + _added(gate_bias, gate_up, low, row, inside, scale, RANK, BLOCK_RANK)
+        g = tl.sum(gates, 1) * inverse
+        g += _added(gate_bias, gate_up, low, row, inside, scale, RANK, BLOCK_RANK)
         v = tl.sum(values, 1) * inverse
         v += _added(value_bias, value_up, value_low, row, inside, scale, RANK, BLOCK_RANK)
         tl.store(out + row, (g / (1 + tl.exp(-g)) * v).to(out.dtype.element_ty), mask=inside)
