@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, cache_argument
 from absorber.errors import ConfigError, ContextError
-from absorber.fused import FusedStep, fusable, hooked
+from absorber.fused_token import FusedStep, fusable, hooked
 from absorber.generation import Decoder, applied, check_room
 from absorber.graphs import is_plain
 from absorber.merging import converted, merge

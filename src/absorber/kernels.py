@@ -226,7 +226,7 @@ if triton is not None:
         FEATURES: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
     ) -> Any:  # fmt: skip
         """One program per query head: the pieces weighed by what their peaks and sums say."""
-        if EARLY:  # kernels_decode.EARLY
+        if EARLY:  # kernels_token.EARLY
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         row = tl.program_id(0).to(tl.int64)

@@ -4,7 +4,7 @@ Run module by module, a token of a Llama takes fifty kernels a block, and the de
 modules are only asked for their weights. What the kernels do is said by their plain twins at the end of this file, with
 which a step also runs without CUDA, for tests.
 
-Shapes: V vocabulary; see `kernels_decode` for others.
+Shapes: V vocabulary; see `kernels_token` for others.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absorber import kernels, kernels_decode
+from absorber import kernels, kernels_token
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
-from absorber.kernels_decode import Norm, Products
+from absorber.kernels_token import Norm, Products
 from absorber.merging import in_decoder, side_by_side
 from absorber.one_token import attend_one
 
@@ -99,9 +99,9 @@ class FusedStep:
         self._norm = _norm(self._model.norm)
         self._head = Products((_untyped(backbone.head).weight,))
         quick = kernels.usable(*self._head.weights)
-        self._project = kernels_decode.project if quick else plain_project
-        self._project_gated = kernels_decode.project_gated if quick else plain_project_gated
-        self._attend: Callable[..., Tensor] = kernels_decode.attend_new if quick else plain_attend_new
+        self._project = kernels_token.project if quick else plain_project
+        self._project_gated = kernels_token.project_gated if quick else plain_project_gated
+        self._attend: Callable[..., Tensor] = kernels_token.attend_new if quick else plain_attend_new
 
     def __call__(self, token_11: Tensor, place_1: Tensor, layers: Sequence[Any]) -> Tensor:
         """Read a token.
@@ -177,7 +177,7 @@ def plain_project(
     residual_O: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute residual + W norm(x) + b + s B A norm(x); the twin of `kernels_decode.project`."""
+    """Compute residual + W norm(x) + b + s B A norm(x); the twin of `kernels_token.project`."""
     result_O = torch.cat(_applied(x_I, products, norm))
     if residual_O is not None:
         result_O = result_O + residual_O
@@ -185,7 +185,7 @@ def plain_project(
 
 
 def plain_project_gated(x_I: Tensor, products: Products, norm: Norm) -> Tensor:
-    """Compute silu(gate) * up; the twin of `kernels_decode.project_gated`."""
+    """Compute silu(gate) * up; the twin of `kernels_token.project_gated`."""
     gate_O, up_O = _applied(x_I, products, norm)
     return (nn.functional.silu(gate_O) * up_O).to(x_I.dtype)
 
@@ -201,7 +201,7 @@ def plain_attend_new(
     scale: float,
     norms: tuple[Norm, Norm] | None = None,
 ) -> Tensor:
-    """Turn queries and key, write key and value, attend; the twin of `kernels_decode.attend_new`."""
+    """Turn queries and key, write key and value, attend; the twin of `kernels_token.attend_new`."""
     key_heads, _, features = keys_KCE.shape
     heads = qkv.float().view(-1, features)
     query_HE, key_KE, value_KE = torch.split(heads, [len(heads) - 2 * key_heads, key_heads, key_heads])

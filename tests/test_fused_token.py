@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from absorber import kernels, kernels_decode
+from absorber import kernels, kernels_token
 from absorber.backbone import inspect
 from absorber.decoding import StaticDecoder
-from absorber.fused import FusedStep, fusable, hooked, plain_attend_new, plain_project, plain_project_gated
+from absorber.fused_token import FusedStep, fusable, hooked, plain_attend_new, plain_project, plain_project_gated
 from absorber.generation import Decoder
-from absorber.kernels_decode import Launch, Norm, Products
+from absorber.kernels_token import Launch, Norm, Products
 from absorber.merging import merge
 from architectures import build
 from test_decoding import QUICK, change, close, learned, on_gpu, tokens
@@ -23,7 +23,7 @@ def quick(monkeypatch):
     """Without a GPU the kernels run in Triton's interpreter, which takes about 10 ms a program: few and large ones."""
     monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: Launch(128, 32, 4))
+        monkeypatch.setattr(kernels_token, "launch_for", lambda inputs, outputs: Launch(128, 32, 4))
 
 
 def draw(*shape, seed, scale=1.0):
@@ -51,14 +51,14 @@ def norm_of(size, kind, seed=40):
 )
 @pytest.mark.parametrize("normed", [True, False])
 def test_products_are_those_of_the_twin(monkeypatch, kind, tolerance, launch, outputs, more, normed):
-    monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: launch)
+    monkeypatch.setattr(kernels_token, "launch_for", lambda inputs, outputs: launch)
     given, x = products(200, outputs, kind=kind, **more), draw(200, seed=50, scale=3.0).to(kind)
     options = {
         "norm": norm_of(200, kind) if normed else None,
         "residual_O": None if normed else draw(sum(outputs), seed=51).to(kind),
         "dtype": torch.float32 if normed else None,
     }
-    ours, theirs = kernels_decode.project(x, given, **options), plain_project(x, given, **options)
+    ours, theirs = kernels_token.project(x, given, **options), plain_project(x, given, **options)
     assert ours.dtype == theirs.dtype
     close(ours, theirs, 3 * tolerance)
 
@@ -67,10 +67,10 @@ def test_products_are_those_of_the_twin(monkeypatch, kind, tolerance, launch, ou
 @pytest.mark.parametrize("more", [{}, {"rank": 3, "biases": True}])
 @pytest.mark.parametrize("inputs", [64, 200])
 def test_gated_products_are_those_of_the_twin(monkeypatch, kind, tolerance, more, inputs):
-    monkeypatch.setattr(kernels_decode, "launch_for", lambda inputs, outputs: Launch(4, 64, 4))
+    monkeypatch.setattr(kernels_token, "launch_for", lambda inputs, outputs: Launch(4, 64, 4))
     given, x = products(inputs, (10, 10), kind=kind, **more), draw(inputs, seed=50).to(kind)
     norm = norm_of(inputs, kind)
-    close(kernels_decode.project_gated(x, given, norm), plain_project_gated(x, given, norm), 3 * tolerance)
+    close(kernels_token.project_gated(x, given, norm), plain_project_gated(x, given, norm), 3 * tolerance)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), KINDS)
@@ -84,7 +84,7 @@ def test_a_new_token_attends_as_with_the_twin(kind, tolerance, heads, key_heads,
     at = torch.tensor([place], device=DEVICE)
     norms = (norm_of(16, kind, seed=5), norm_of(16, kind, seed=6)) if normed else None
     results = []
-    for attend, filled in ((kernels_decode.attend_new, keys), (plain_attend_new, keys.nan_to_num())):
+    for attend, filled in ((kernels_token.attend_new, keys), (plain_attend_new, keys.nan_to_num())):
         own, written = filled.clone(), values.clone()
         out = attend(qkv, angle.cos(), angle.sin(), own, written, at, scale=0.3, norms=norms)
         results.append((out, own[:, : place + 1], written))
@@ -215,7 +215,7 @@ def test_what_is_not_fused(monkeypatch):
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("way", ["beside", "merged"])
 def test_a_recorded_step_gives_the_same_bits_each_time(monkeypatch, way, early):
-    monkeypatch.setattr(kernels_decode, "EARLY", early)
+    monkeypatch.setattr(kernels_token, "EARLY", early)
     backbone = inspect(build("llama").to("cuda"))
     adapter = learned(backbone)
     quick = StaticDecoder(backbone, read_tokens=8, capacity=64, adapter=adapter, way=way)
@@ -237,4 +237,4 @@ def test_a_recorded_step_gives_the_same_bits_each_time(monkeypatch, way, early):
 def test_products_at_full_size(inputs, outputs):
     given = products(inputs, outputs, rank=64, kind=torch.bfloat16)
     x, norm = draw(inputs, seed=50).bfloat16(), norm_of(inputs, torch.bfloat16)
-    close(kernels_decode.project(x, given, norm=norm), plain_project(x, given, norm=norm), 3e-2)
+    close(kernels_token.project(x, given, norm=norm), plain_project(x, given, norm=norm), 3e-2)
