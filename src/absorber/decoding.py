@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, C places in the cache.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from absorber.adapter import Adapter
 from absorber.backbone import Backbone, cache_argument
 from absorber.errors import ConfigError, ContextError
 from absorber.fused_text import fused
+from absorber.fused_token import FusedStep, fusable, hooked
 from absorber.generation import Decoder, applied, check_room
 from absorber.graphs import is_plain
 from absorber.merging import converted, merge
@@ -106,6 +107,7 @@ class StaticDecoder:
         self._cache, self._layers = None, list[_Layer]()
         self._beside: Adapter | None = None
         self._merged: dict[str, Tensor] = {}
+        self._fused: FusedStep | None = None
         self._graph: Any = None
         self._warm = False
         self.reset()
@@ -231,27 +233,32 @@ class StaticDecoder:
         """Read the token in `_next_B1`: by replaying the step, or by running it where it is not recorded."""
         if self._graph is None and self._warm and self._backbone.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with (
-                applied(self._backbone, self._beside),
-                one_token(self._backbone, self._place_1),
-                torch.cuda.graph(graph),
-            ):
-                self._step()
+            with self._way_to_logits() as logits_of_next, torch.cuda.graph(graph):
+                self._step(logits_of_next)
             self._graph = graph
         if self._graph is None:
-            with applied(self._backbone, self._beside), one_token(self._backbone, self._place_1):
-                self._step()
+            with self._way_to_logits() as logits_of_next:
+                self._step(logits_of_next)
             self._warm = True  # kernels were chosen and compiled, which a recording cannot do
         else:
             self._graph.replay()
         self.num_tokens += 1
         self._spoken = True
 
-    def _step(self) -> None:
+    @contextlib.contextmanager
+    def _way_to_logits(self) -> Iterator[Callable[[], Tensor]]:
+        """What reads the token in `_next_B1` inside the `with` block: few kernels, or the model with quicker parts."""
+        if self._fused is not None and not hooked(self._backbone):
+            fused = self._fused
+            yield lambda: fused(self._next_B1, self._place_1, self._layers)[None]
+            return
+        with applied(self._backbone, self._beside), one_token(self._backbone, self._place_1):
+            yield lambda: self._backbone.logits(self._run(self._next_B1, self._place_1[None])[:, -1])
+
+    def _step(self, logits_of_next: Callable[[], Tensor]) -> None:
         """Read one token and find the likeliest next one: nothing here depends on a value that the host knows."""
         self._history_BC.index_copy_(1, self._place_1, self._next_B1)
-        final_BTD = self._run(self._next_B1, self._place_1[None])
-        self._logits_BV.copy_(self._backbone.logits(final_BTD[:, -1]))
+        self._logits_BV.copy_(logits_of_next())
         self._next_B1.copy_(self._logits_BV.argmax(dim=-1, keepdim=True))
         self._place_1.add_(1)
 
@@ -319,15 +326,15 @@ class StaticDecoder:
     def _take_memory(self) -> None:
         """Copy the memory's weights into tensors that stay where they are, so that a graph goes on being right."""
         adapter = self._adapter
-        if adapter is None:
-            return
-        if self._way == "merged":
+        if adapter is not None and self._way == "merged":
             merge(self._backbone, adapter, self._merged)
-        elif self._beside is None:
+        elif adapter is not None and self._beside is None:
             self._beside = converted(adapter, self._backbone.model.dtype)
-        else:
+        elif adapter is not None and self._beside is not None:
             for mine, given in zip(self._beside.parameters(), adapter.parameters(), strict=True):
                 mine.copy_(given)
+        if self._fused is None and self._num_rows == 1 and fusable(self._backbone):
+            self._fused = FusedStep(self._backbone, self._merged, self._beside)
 
     def _forget_after(self, num_tokens: int) -> None:
         self.num_tokens, self._spoken = num_tokens, False

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from absorber import kernels, kernels_text
 from absorber.backbone import Backbone
 
-ROTATE = "apply_rotary_pos_emb"
-"""What the model's file calls the turning of queries and keys."""
+_ROTATE = "apply_rotary_pos_emb"
 
 
 @contextlib.contextmanager
@@ -105,7 +104,7 @@ class _Gated(torch.autograd.Function):
 def rotation(backbone: Backbone, rotate_both: Callable[..., tuple[Tensor, Tensor] | None]) -> Iterator[None]:
     """Turn queries and keys by another function than that of the model's file, which is asked where it returns None."""
     place: Any = sys.modules[type(backbone.blocks[0]).__module__]
-    usual = getattr(place, ROTATE, None)
+    usual = getattr(place, _ROTATE, None)
     if usual is None:
         yield
         return
@@ -115,10 +114,10 @@ def rotation(backbone: Backbone, rotate_both: Callable[..., tuple[Tensor, Tensor
         return usual(query, key, cos, sin, *args, **more) if turned is None else turned
 
     try:
-        setattr(place, ROTATE, rotate)
+        setattr(place, _ROTATE, rotate)
         yield
     finally:
-        setattr(place, ROTATE, usual)
+        setattr(place, _ROTATE, usual)
 
 
 def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:

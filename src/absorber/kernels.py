@@ -133,9 +133,10 @@ def attend_one(query_BHE: Tensor, keys_BKCE: Tensor, values_BKCE: Tensor, place_
         query_BHE.contiguous(), keys_BKCE, values_BKCE, place_1, parts, peaks, sums, scale, capacity, num_pieces,
         GROUPS=heads // key_heads, FEATURES=features, KEYS=_KEYS, num_warps=4,
     )  # fmt: skip
-    _attend_join[(rows * heads,)](
-        parts, peaks, sums, place_1, out_BHE, num_pieces, FEATURES=features, KEYS=_KEYS, PIECES=32, num_warps=4
-    )
+    attend_join[(rows * heads,)](
+        parts, peaks, sums, place_1, out_BHE, num_pieces,
+        FEATURES=features, KEYS=_KEYS, PIECES=32, num_warps=4,
+    )  # fmt: skip
     return out_BHE
 
 
@@ -220,8 +221,9 @@ if triton is not None:
                 tl.store(parts + slot * FEATURES + feature, tl.sum(weights[:, None] * v, 0))
 
     @triton.jit
-    def _attend_join(
-        parts, peaks, sums, place, out, num_pieces, FEATURES: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr
+    def attend_join(
+        parts, peaks, sums, place, out, num_pieces,
+        FEATURES: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
     ) -> Any:  # fmt: skip
         """One program per query head: the pieces weighed by what their peaks and sums say."""
         row = tl.program_id(0).to(tl.int64)

@@ -3,8 +3,10 @@
 Neither touches the base model.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
@@ -19,6 +21,39 @@ def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 @torch.no_grad()
+def side_by_side(
+    adapter: Adapter, names: Sequence[str], weights: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Move the A of projections that share an input into one tensor, of which the adapter's become views.
+
+    Args:
+        adapter: Of one stream; it goes on as before.
+        names: Of the projections; those that it leaves alone are given zeros.
+        weights: W of each.
+
+    Returns:
+        A of all, one after another [sum of R, I], and B of each, [O, R].
+    """
+    rank = adapter.rank
+    alone = weights[0].new_zeros(rank, weights[0].shape[1])
+    down_RI = torch.cat([adapter.down[name][0] if name in adapter.down else alone for name in names])
+    for index, name in enumerate(names):
+        if name in adapter.down:
+            adapter.down[name] = nn.Parameter(down_RI[None, index * rank : (index + 1) * rank])
+    ups = tuple(
+        adapter.up[name].detach()[0] if name in adapter.up else weight.new_zeros(weight.shape[0], rank)
+        for name, weight in zip(names, weights, strict=True)
+    )
+    return down_RI, ups
+
+
+def in_decoder(backbone: Backbone, name: str) -> str:
+    """A module's name inside the decoder, given that in the model."""
+    prefix = next(name for name, module in backbone.model.named_modules() if module is backbone.decoder) + "."
+    return name.removeprefix(prefix)
+
+
+@torch.no_grad()
 def merge(backbone: Backbone, adapter: Adapter, merged: dict[str, Tensor]) -> None:
     """Bring weights W + s B A up to date, which stand beside those of the base model and leave them alone.
 
@@ -30,13 +65,12 @@ def merge(backbone: Backbone, adapter: Adapter, merged: dict[str, Tensor]) -> No
         adapter: Of one stream.
         merged: By the weight's name inside the decoder; written in place, or filled if it is empty.
     """
-    prefix = next(name for name, module in backbone.model.named_modules() if module is backbone.decoder) + "."
     generator = torch.Generator(backbone.device).manual_seed(0)
     for name in adapter.down:
         weight: Tensor = backbone.projections[name].weight  # type: ignore[assignment]
         change = (adapter.up[name][0].float() * adapter.scale) @ adapter.down[name][0].float()
         rounded = _rounded(weight.float() + change, weight.dtype, generator)
-        key = f"{name.removeprefix(prefix)}.weight"
+        key = f"{in_decoder(backbone, name)}.weight"
         if key in merged:
             merged[key].copy_(rounded)
         else:

@@ -7,8 +7,7 @@ Shapes: B rows, H heads of queries, K of keys, C places in the cache, E features
 """
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from absorber import kernels
 from absorber.backbone import Backbone
+from absorber.fused_text import quick_norms, rotation
 
 _ATTENTION = "absorber_one_token"
-_ROTATE = "apply_rotary_pos_emb"
 
 
 @contextlib.contextmanager
@@ -30,7 +29,7 @@ def one_token(backbone: Backbone, place_1: Tensor) -> Iterator[None]:
         backbone: A model that is `graphs.is_plain`.
         place_1: Where the token stands; what is behind it in the cache is not attended to.
     """
-    with _attention(backbone, place_1), _norms(backbone), _rotation(backbone):
+    with _attention(backbone, place_1), quick_norms(backbone), rotation(backbone, _rotate):
         yield
 
 
@@ -66,46 +65,8 @@ def attend_one(query_BHE: Tensor, keys_BKCE: Tensor, values_BKCE: Tensor, place_
     return out_BKGE.flatten(1, 2)
 
 
-@contextlib.contextmanager
-def _norms(backbone: Backbone) -> Iterator[None]:
-    """Norms in one kernel instead of seven; in bfloat16 they round once instead of twice."""
-
-    def quick(norm: Any) -> Callable[[Tensor], Tensor]:
-        def forward(hidden: Tensor) -> Tensor:
-            return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-        return forward
-
-    norms: list[Any] = [
-        module
-        for module in backbone.decoder.modules()
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    ]
-    try:
-        for norm in norms:
-            norm.forward = quick(norm)
-        yield
-    finally:
-        for norm in norms:
-            vars(norm).pop("forward", None)
-
-
-@contextlib.contextmanager
-def _rotation(backbone: Backbone) -> Iterator[None]:
-    """The model's file turns queries and keys with one kernel where they are of one token, and as before elsewhere."""
-    place: Any = sys.modules[type(backbone.blocks[0]).__module__]
-    usual = getattr(place, _ROTATE, None)
-    if usual is None:
-        yield
-        return
-
-    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **more: Any) -> Any:
-        if query.shape[2] == 1 and cos.shape[0] == 1 and kernels.usable(query) and not args and not more:
-            return kernels.rotate_one(query, key, cos, sin)
-        return usual(query, key, cos, sin, *args, **more)
-
-    try:
-        setattr(place, _ROTATE, rotate)
-        yield
-    finally:
-        setattr(place, _ROTATE, usual)
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Turn queries and keys with one kernel where they are of one token."""
+    if query.shape[2] == 1 and cos.shape[0] == 1 and kernels.usable(query):
+        return kernels.rotate_one(query, key, cos, sin)
+    return None
