@@ -407,9 +407,10 @@ def test_progress_tells_steps_and_rounds(model, tokenizer, config, stream, text)
     memory = absorber.absorb(model, tokenizer, text, config, stream, progress=told.append)
     finished = [now.finished for now in told if now.finished]
     assert finished == memory.ledger
-    steps = [now.step for now in told if not now.finished]
+    rounds = [now for now in told if now.work == "synchronizing"]
+    steps = [now.step for now in rounds if not now.finished]
     assert steps == list(range(config.max_steps + 1)) * memory.num_rounds
-    assert all(now.max_steps == config.max_steps for now in told)
+    assert all(now.max_steps == config.max_steps for now in rounds)
     assert [now.num_tokens for now in told] == sorted(now.num_tokens for now in told)
 
 
@@ -431,3 +432,22 @@ def test_a_model_without_a_first_token_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.config, "eos_token_id", None)
     with pytest.raises(ModelError, match="set bos_token"):
         Session(model, Bare())
+
+
+def test_all_work_is_told(model, tokenizer, config, stream, text):
+    """Texts to be held to are written once, and studied is in each round; nothing that takes long is silent."""
+    told = []
+    settings = config.replace(
+        study="full", study_rank=2, study_steps=2, study_passages=2, anchor_texts=2, anchor_tokens=3, anchor_share=0.5
+    )
+    with absorber.Session(model, tokenizer, settings, stream, progress=told.append) as session:
+        session.append(text[:40])
+    works = [standing.work for standing in told]
+    num_rounds = session.memory.num_rounds
+    assert num_rounds > 1
+    assert works.count("writing anchors") == 3
+    assert works.index("writing anchors") == 0
+    assert works.count("studying") % (2 * num_rounds) == 0
+    assert {"asking", "studying", "synchronizing"} <= set(works)
+    assert all(standing.loss != standing.loss for standing in told if standing.work != "synchronizing")
+    assert all(standing.step <= standing.max_steps for standing in told)

@@ -30,6 +30,7 @@ from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, settled, take_step
 from absorber.student import gradients, synchronization_loss
 from absorber.study import learn
+from absorber.subsequent import OnCount
 from absorber.synchronization import Target, next_token_loss
 from absorber.teacher import teach
 
@@ -79,6 +80,7 @@ def absorb_context(
     round_number: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    on_study: OnCount | None = None,
 ) -> list[RoundResult]:
     """Absorb X into the adapter by synchronizing on Y. Algorithm 1, arXiv 2604.20915.
 
@@ -99,6 +101,7 @@ def absorb_context(
         round_number: Decides together with the seed which step trains on what.
         optimizer: One from `new_optimizer`, to carry its state over rounds; a new one by default.
         on_step: Called before each step with its number and the latest losses [B] on the round's own text.
+        on_study: Called before each step of study with its number and how many there are.
 
     Returns:
         One result per stream.
@@ -144,7 +147,17 @@ def absorb_context(
             )
             if notes is not None:
                 _look(backbone, adapter, before, lessons.own, results, config, sink_id=sink)
-                learn(backbone, adapter, notes, studied, trained_BM, config, sink_id=sink, round_number=round_number)
+                learn(
+                    backbone,
+                    adapter,
+                    notes,
+                    studied,
+                    trained_BM,
+                    config,
+                    sink_id=sink,
+                    round_number=round_number,
+                    on_step=on_study,
+                )
             peak = settled(config, round_number)
             _train(backbone, adapter, before, lessons, results, optimizer, config, peak, sink_id=sink, on_step=on_step)
             if judged:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from absorber.backbone import Backbone, forward_states, sentence_breaks, untouched, vocabulary, with_sink
 from absorber.config import AbsorbConfig
-from absorber.subsequent import Asking, make_asking, write_questions
+from absorber.subsequent import Asking, OnCount, make_asking, write_questions
 from absorber.text import as_turn
 
 
@@ -67,7 +67,13 @@ def readable(codes: Tensor) -> Tensor:
 
 
 def take_notes(
-    backbone: Backbone, context_BN: Tensor, config: AbsorbConfig, *, sink_id: int, guide: Guide | None
+    backbone: Backbone,
+    context_BN: Tensor,
+    config: AbsorbConfig,
+    *,
+    sink_id: int,
+    guide: Guide | None,
+    on_token: OnCount | None = None,
 ) -> Notes:
     """Choose what is studied of a context.
 
@@ -77,12 +83,13 @@ def take_notes(
         config: How much of it.
         sink_id: What stands before a text.
         guide: Without it, passages are cut anywhere, and no questions are asked.
+        on_token: As in `write_questions`.
     """
     breaks_V = None if guide is None else guide.breaks_V
     passages_BPS = choose_passages(backbone, context_BN, config, sink_id=sink_id, breaks_V=breaks_V)
     if config.study == "light" or guide is None:
         return Notes(passages_BPS, passages_BPS.new_full((len(passages_BPS), 0, config.study_written_tokens), -1))
-    return Notes(passages_BPS, ask_about(backbone, passages_BPS, guide, config, sink_id=sink_id))
+    return Notes(passages_BPS, ask_about(backbone, passages_BPS, guide, config, sink_id=sink_id, on_token=on_token))
 
 
 @torch.no_grad()
@@ -141,7 +148,15 @@ def _sentences(ids: Tensor, breaks_V: Tensor | None, *, shortest: int, longest: 
     return found
 
 
-def ask_about(backbone: Backbone, passages_BPS: Tensor, guide: Guide, config: AbsorbConfig, *, sink_id: int) -> Tensor:
+def ask_about(
+    backbone: Backbone,
+    passages_BPS: Tensor,
+    guide: Guide,
+    config: AbsorbConfig,
+    *,
+    sink_id: int,
+    on_token: OnCount | None = None,
+) -> Tensor:
     """Let the base ask a question about each passage and answer it.
 
     An answer that did not end, or has less than half of what the passage says after its cue, is put aside for the
@@ -157,7 +172,13 @@ def ask_about(backbone: Backbone, passages_BPS: Tensor, guide: Guide, config: Ab
     sentences = [readable(row_S[row_S != -1]).tolist() for row_S in rows_RS[there]]
     size = config.study_written_tokens
     written = write_questions(
-        backbone, sentences, guide.asking, question_tokens=size // 2, answer_tokens=size // 2, sink_id=sink_id
+        backbone,
+        sentences,
+        guide.asking,
+        question_tokens=size // 2,
+        answer_tokens=size // 2,
+        sink_id=sink_id,
+        on_token=on_token,
     )
     questions_RFT = torch.full((len(rows_RS), 2, size), -1)
     for row, sentence, (question, answer) in zip(there, sentences, written, strict=True):

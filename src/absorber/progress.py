@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from absorber.memory import Round
+from absorber.stream import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,12 +16,15 @@ class Progress:
     """Tokens that have entered the window or are absorbed."""
     num_rounds: int
     """Rounds finished."""
+    work: Work | Literal["synchronizing"] = "synchronizing"
+    """What is being done. Before the first round texts are written to which the model is held, with study questions are
+    written and learned; these may take longer than the round."""
     step: int
-    """Step of the running round, from 0; `max_steps` when its last loss was taken."""
+    """Step of that work, from 0; `max_steps` when a round's last loss was taken."""
     max_steps: int
-    """K."""
+    """How many there are; K while synchronizing."""
     loss: float
-    """Synchronization loss before that step."""
+    """Synchronization loss before that step; nan in other work."""
     finished: Round | None
     """The round that has just ended, or None."""
 

@@ -1,6 +1,7 @@
 """A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed."""
 
 import contextlib
+import math
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from absorber.memory import Memory, Round
 from absorber.notes import make_guide
 from absorber.progress import OnProgress, Progress
 from absorber.saved_session import SavedSession, is_session
-from absorber.stream import Stream
+from absorber.stream import Stream, Work
 from absorber.text import as_turn, cut
 
 
@@ -89,6 +90,7 @@ class Session:
             guide=None if config.study == "off" else make_guide(tokenizer, model),
             on_step=self._on_step,
             on_round=self._on_round,
+            on_work=None if progress is None else self._on_work,
         )
         self._stream.num_rounds = memory.num_rounds
 
@@ -333,25 +335,21 @@ class Session:
     # --- Progress
 
     def _on_step(self, step: int, loss_B: torch.Tensor) -> None:
-        self._report(step, float(loss_B[0]), None)
+        self._report(step=step, loss=float(loss_B[0]))
 
     def _on_round(self, rounds: list[Round]) -> None:
         self.memory.note(rounds[0])
         self._decoder.reset()  # other weights, another window
-        self._report(rounds[0].num_steps, rounds[0].loss_after, rounds[0])
+        self._report(step=rounds[0].num_steps, loss=rounds[0].loss_after, finished=rounds[0])
 
-    def _report(self, step: int, loss: float, finished: Round | None) -> None:
+    def _on_work(self, work: Work, step: int, max_steps: int) -> None:
+        self._report(step=step, work=work, max_steps=max_steps)
+
+    def _report(self, *, step: int, loss: float = math.nan, finished: Round | None = None, **more: Any) -> None:
         if self._progress is not None:
-            self._progress(
-                Progress(
-                    num_tokens=self.num_tokens,
-                    num_rounds=self.memory.num_rounds,
-                    step=step,
-                    max_steps=self.memory.config.max_steps,
-                    loss=loss,
-                    finished=finished,
-                )
-            )
+            places: dict[str, Any] = {"num_tokens": self.num_tokens, "num_rounds": self.memory.num_rounds}
+            steps: dict[str, Any] = {"step": step, "max_steps": self.memory.config.max_steps} | more
+            self._progress(Progress(**places, **steps, loss=loss, finished=finished))
 
     # --- On disk
 

@@ -9,6 +9,8 @@ Shapes: B streams, T tokens.
 import contextlib
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +25,13 @@ from absorber.lessons import Past, Reservoir
 from absorber.memory import Round
 from absorber.notes import Guide, Notes, take_notes
 from absorber.optimizer import new_optimizer
-from absorber.subsequent import generate_subsequent, write_from_nothing
+from absorber.subsequent import OnCount, generate_subsequent, write_from_nothing
 
 OnStep = Callable[[int, Tensor], None]
 OnRound = Callable[[list[Round]], None]
+Work = Literal["writing anchors", "asking", "studying"]
+"""What there is to do beside synchronizing."""
+OnWork = Callable[[Work, int, int], None]
 
 
 class Stream:
@@ -43,6 +48,7 @@ class Stream:
         guide: Guide | None = None,
         on_step: OnStep | None = None,
         on_round: OnRound | None = None,
+        on_work: OnWork | None = None,
     ) -> None:
         """Begin with an empty window.
 
@@ -55,6 +61,7 @@ class Stream:
             guide: For study; without it, passages are cut anywhere and no questions are asked.
             on_step: Called before each optimizer step with its number and the losses [B].
             on_round: Called after each round with one ledger line per stream.
+            on_work: Called while there is other work, with what it is, how much of it is done, and of how much.
 
         Raises:
             ConfigError: If the window is larger than the model's positions, or study has no part of the adapter.
@@ -67,7 +74,7 @@ class Stream:
         check_positions(backbone, stream.teacher_tokens + stream.window_tokens + (config.sink == "shared"))
         self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
         self._sink_id, self._guide = sink_id, guide
-        self._on_step, self._on_round = on_step, on_round
+        self._on_step, self._on_round, self._on_work = on_step, on_round, on_work
         self.optimizer = new_optimizer(adapter.parameters(), config) if config.optimizer_state == "carry" else None
         self.window_BT = torch.zeros(adapter.num_streams, 0, dtype=torch.long)
         """Z: what the model reads verbatim."""
@@ -137,11 +144,16 @@ class Stream:
                 )
             self._absorb_oldest(torch.tensor([written], dtype=torch.long))
 
+    def _telling(self, work: Work) -> OnCount | None:
+        return None if self._on_work is None else partial(self._on_work, work)
+
     def _absorb_oldest(self, generated_BT: Tensor) -> None:
         """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
         size, place = self._stream.context_tokens, self._backbone.device
         if self.anchors is None and self._config.has_anchors:
-            self.anchors = write_from_nothing(self._backbone, self._config, sink_id=self._sink_id)
+            self.anchors = write_from_nothing(
+                self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
+            )
         context_BN = self.window_BT[:, :size]
         taught_BT = torch.cat([self.behind_BT, context_BN], dim=1)
         subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
@@ -156,7 +168,12 @@ class Stream:
                 sink_id=self._sink_id,
             )
             notes = take_notes(
-                self._backbone, context_BN.to(place), self._config, sink_id=self._sink_id, guide=self._guide
+                self._backbone,
+                context_BN.to(place),
+                self._config,
+                sink_id=self._sink_id,
+                guide=self._guide,
+                on_token=self._telling("asking"),
             )
         results = absorb_context(
             self._backbone,
@@ -173,6 +190,7 @@ class Stream:
             round_number=self.num_rounds + 1,
             optimizer=self.optimizer,
             on_step=self._on_step,
+            on_study=self._telling("studying"),
         )
         follows_BM = self.window_BT[:, size:]
         self.window_BT = follows_BM

@@ -21,6 +21,7 @@ from absorber.config import AbsorbConfig
 from absorber.graphs import graphs_of, without_masks
 from absorber.notes import Notes, given, readable
 from absorber.optimizer import clip, scheduled, take_step
+from absorber.subsequent import OnCount
 from absorber.synchronization import next_token_loss
 
 # --- Where it is kept
@@ -191,6 +192,7 @@ def learn(
     *,
     sink_id: int | None,
     round_number: int,
+    on_step: OnCount | None = None,
 ) -> None:
     """Study a context, and notes of earlier ones again, with the part of the adapter that is for it.
 
@@ -203,6 +205,7 @@ def learn(
         config: Steps and learning rate.
         sink_id: First token of each row, or None.
         round_number: Decides together with the seed which earlier rounds come when.
+        on_step: Told before each step how many of all are done.
     """
     optimizer = torch.optim.AdamW(adapter.up.values(), lr=config.study_learning_rate, weight_decay=0.0, fused=True)
     everyone_B = torch.ones(len(text_BT), dtype=torch.bool, device=text_BT.device)
@@ -222,6 +225,8 @@ def learn(
 
     steps = list(rows_of_steps(own, past, text_BT.cpu(), config, round_number=round_number))
     for step, rows_BRT in enumerate(rows.to(backbone.device) for rows in steps):
+        if on_step is not None:
+            on_step(step, len(steps))
         for weight in weights:
             weight.grad = None
         recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, finish)

@@ -17,6 +17,9 @@ from absorber.config import AbsorbConfig
 from absorber.errors import DivergedError
 from absorber.generation import Decoder, choose_token
 
+OnCount = Callable[[int, int], None]
+"""Told how much of something is done, and of how much."""
+
 
 def generate_subsequent(
     backbone: Backbone,
@@ -66,13 +69,16 @@ def generate_subsequent(
 
 
 @torch.no_grad()
-def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int) -> Tensor:
+def write_from_nothing(
+    backbone: Backbone, config: AbsorbConfig, *, sink_id: int, on_token: OnCount | None = None
+) -> Tensor:
     """Let the base model write texts from nothing but the sink: samples of what it says when it knows nothing.
 
     Args:
         backbone: The model, with no adapter attached.
         config: How many texts of how many tokens, and the seed.
         sink_id: What stands before them.
+        on_token: Told before each token how many of all have one more.
 
     Returns:
         Token ids [Q, A], on the CPU; shorter where the model has no positions for more.
@@ -90,7 +96,7 @@ def write_from_nothing(backbone: Backbone, config: AbsorbConfig, *, sink_id: int
     def draw(logits_QV: Tensor) -> Tensor:
         return torch.multinomial(logits_QV.softmax(dim=-1), 1, generator=generator)
 
-    return _write(backbone, sink_QT, num_tokens, draw, sink_id=sink_id)
+    return _write(backbone, sink_QT, num_tokens, draw, sink_id=sink_id, on_token=on_token)
 
 
 class Asking(NamedTuple):
@@ -150,6 +156,7 @@ def write_questions(
     question_tokens: int,
     answer_tokens: int,
     sink_id: int,
+    on_token: OnCount | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Let the base model ask for what a sentence says, and answer with the sentence in view, greedily.
 
@@ -163,6 +170,7 @@ def write_questions(
         question_tokens: Of a question at most.
         answer_tokens: Of an answer at most.
         sink_id: What stands before a text.
+        on_token: Told before each token how many of a question or an answer are written.
 
     Returns:
         Question and answer of each, as token ids; an answer that did not end in time is empty.
@@ -181,7 +189,9 @@ def write_questions(
         longest = max(map(len, beginnings))
         rows = [[sink_id, *[asking.blank] * (longest - len(row)), *asking.examples, *row] for row in beginnings]
         prefix_RT = torch.tensor(rows)
-        texts_RT = _write(backbone, prefix_RT, num_tokens, greedy, sink_id=sink_id, ends_V=asking.line_ends_V)
+        texts_RT = _write(
+            backbone, prefix_RT, num_tokens, greedy, sink_id=sink_id, ends_V=asking.line_ends_V, on_token=on_token
+        )
         found = []
         for text_T in texts_RT:
             ends = asking.line_ends_V[text_T].nonzero().flatten().tolist()
@@ -203,6 +213,7 @@ def _write(
     *,
     sink_id: int,
     ends_V: Tensor | None = None,
+    on_token: OnCount | None = None,
 ) -> Tensor:
     """Go on from each prefix [R, ...]: token ids [R, T], on the CPU, without sink and ends of sequences.
 
@@ -216,7 +227,9 @@ def _write(
     if ends_V is not None:
         ends_V = ends_V.to(backbone.device)
     with untouched(backbone.model):
-        for _ in range(num_tokens):
+        for count in range(num_tokens):
+            if on_token is not None:
+                on_token(count, num_tokens)
             final_RTD, has_cache = read_on(backbone, given_RT, cache)
             logits_RV = backbone.logits(final_RTD[:, -1]).float()
             if logits_RV.isnan().any():

@@ -139,6 +139,8 @@ class Rounds:
                 self._output.round(line, num_tokens=standing.num_tokens)
         if self.on_change is not None:
             self.on_change(standing)
+        elif standing.work == "writing anchors" and standing.step == 0:
+            self._output.say("before the first round, texts are written to which the model will be held")
         if line is not None and self.on_round is not None:
             self.on_round()
 
@@ -187,18 +189,22 @@ def shown_progress(output: Output, rounds: Rounds, source: "Source") -> Iterator
         task = display.add_task("reading", total=source.num_bytes)
 
         def change(standing: "Standing") -> None:
-            running = standing.num_rounds + (standing.finished is None)
-            display.update(
-                task,
-                completed=source.bytes_read,
-                description=f"round {running} · step {standing.step}/{standing.max_steps} · loss {standing.loss:.3f}",
-            )
+            display.update(task, completed=source.bytes_read, description=spell_standing(standing))
 
         rounds.on_change = change
         try:
             yield
         finally:
             rounds.on_change = None
+
+
+def spell_standing(standing: "Standing") -> str:
+    """Say in a line what a session is doing."""
+    running = standing.num_rounds + (standing.finished is None)
+    place = f"{standing.step}/{standing.max_steps}"
+    if standing.work != "synchronizing":
+        return f"round {running} · {standing.work} {place}"
+    return f"round {running} · step {place} · loss {standing.loss:.3f}"
 
 
 def spell_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from absorber.cli.console import Output, Rounds, spell_bytes
+from absorber.cli.console import Output, Rounds, spell_bytes, spell_standing
 from absorber.cli.opening import open_model, uninterrupted
 from absorber.cli.options import JsonFlag, ModelFlag, check_output
 from absorber.errors import ConfigError, MissingExtraError
@@ -104,8 +104,9 @@ def _shown(report: Output, counted: Rounds, num_rounds: int) -> Iterator[None]:
         task = display.add_task("reading", total=num_rounds)
 
         def change(standing: "Standing") -> None:
-            done = standing.num_rounds + (standing.step / (standing.max_steps + 1) if standing.finished is None else 0)
-            display.update(task, completed=done, description=f"absorbing, loss {standing.loss:.3f}")
+            within = standing.finished is None and standing.work == "synchronizing"
+            done = standing.num_rounds + (standing.step / (standing.max_steps + 1) if within else 0)
+            display.update(task, completed=done, description=spell_standing(standing))
 
         counted.on_change = change
         try:
