@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ import small_data_sets
 from absorber.backbone import inspect
 from absorber.bench import asking
 from absorber.bench.answer_tables import answer_rows
-from absorber.bench.asking import Language, Query, fill
+from absorber.bench.asking import Language, fill
 from absorber.bench.data_sets import questions, summarized
 from absorber.bench.methods import METHODS, LoRA
 from absorber.bench.reasoning import Reasoning
@@ -147,7 +148,7 @@ def test_a_right_answer_counts(model, tokenizer, data_dir, monkeypatch):
     task = TASKS["musique"]
     texts = task.prepare(model, tokenizer, data_dir)
     turns = iter([["x", " Builder 1", "x"], ["x"] * 3] * 3)
-    texts.queries[1][0] = Query(texts.queries[1][0].prompt, ("The builder, 1!", "One"))
+    texts.queries[1][0] = replace(texts.queries[1][0], references=("The builder, 1!", "One"))
     monkeypatch.setattr(
         asking, "write_greedily", lambda *args, **kwargs: [texts.language.tokens(one) for one in next(turns)]
     )

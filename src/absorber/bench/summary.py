@@ -53,7 +53,11 @@ class Summary(WritingTask):
                     what=f"documents of {self.kind}",
                 )
             )
-            queries.append([Query(language.tokens(asked.prompt), asked.references) for _, asked in own])
+            prompts = [language.tokens(asked.prompt) for _, asked in own]
+            # The request names the heading, and nothing else stands around it.
+            queries.append(
+                [Query(prompt, asked.references, prompt) for prompt, (_, asked) in zip(prompts, own, strict=True)]
+            )
         return Asked(torch.tensor(rows), make_guide(tokenizer, model), queries, language)
 
     def _choose(
