@@ -8,9 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-import small_data_sets
 from absorber.backbone import inspect
-from absorber.bench import asking
+from absorber.bench import asking, made_up
 from absorber.bench.answer_tables import answer_rows
 from absorber.bench.asking import Language, fill
 from absorber.bench.data_sets import questions, summarized
@@ -33,7 +32,7 @@ CONFIG = AbsorbConfig(rank=2, max_steps=1, anchor_texts=2, anchor_tokens=8)
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return small_data_sets.write(tmp_path_factory.mktemp("data"))
+    return made_up.write(tmp_path_factory.mktemp("data"))
 
 
 def test_a_context_of_pieces():

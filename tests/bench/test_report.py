@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from absorber.bench.ablation import TABLES, Ablation
+from absorber.bench.ablation import Ablation
+from absorber.bench.ablation_tables import TABLES
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record, append_records
 from absorber.bench.report import make_report, read_all

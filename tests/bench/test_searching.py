@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import small_data_sets
 from absorber.backbone import inspect, sink_token
+from absorber.bench import made_up
 from absorber.bench.icl import InContext
 from absorber.bench.methods import BM25, METHODS, Setting
 from absorber.bench.reasoning import Reasoning
@@ -20,7 +20,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return small_data_sets.write(tmp_path_factory.mktemp("data"))
+    return made_up.write(tmp_path_factory.mktemp("data"))
 
 
 def reader_of(method, task, texts, model, tokenizer):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from absorber.bench.ablation import TABLES
+from absorber.bench.ablation_tables import TABLES
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, words
