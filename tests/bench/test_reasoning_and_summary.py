@@ -169,7 +169,7 @@ def test_records_are_complete_resume_and_are_shown(kind, model, tokenizer, data_
     assert {(record.method, record.metric, record.config["view"]) for record in records} == {
         (method, metric, view)
         for method in methods
-        for metric in task.units
+        for metric in set(task.units) - {"similarity"}  # which needs an embedder
         for view in ("windowed", "contextless", "full")
     }
     assert len(records) == len({(record.method, record.metric, record.config["view"]) for record in records})

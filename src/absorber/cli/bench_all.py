@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from absorber.cli.bench_answers import choose_embedder
 from absorber.cli.bench_run import choose_methods, read_tables
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
@@ -23,6 +24,7 @@ def all_(
     data_dir: Path | None = None,
     seed: int = 0,
     config: Path | None = None,
+    embedder: str | None = None,
     model: ModelFlag = None,
     device: str = "auto",
     json: JsonFlag = False,
@@ -40,6 +42,7 @@ def all_(
             Hugging Face hub for icl, reasoning and summary, and none for the others.
         seed: Of everything.
         config: TOML file with a table for any task or method.
+        embedder: For summary, as there.
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
         json: Write one JSON object per line to stdout.
@@ -50,6 +53,8 @@ def all_(
 
     tables = read_tables(config)
     methods = choose_methods((), tables)
+    if not tasks or "summary" in tasks:
+        tables["summary"] = {"embedder": choose_embedder(embedder, report)} | tables.get("summary", {})
     loaded = open_model(model, report, device=device)
     with ExitStack() as stack:
         if quick and data_dir is None:

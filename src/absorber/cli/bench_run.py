@@ -43,7 +43,7 @@ def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
         raise ConfigError(f"unknown setting {', '.join(unknown)} in [{kind_of_task.name}]")
     if values["kind"] not in kind_of_task.kinds or values["split"] not in ("report", "choose"):
         raise ConfigError(f"kind is one of {', '.join(kind_of_task.kinds)} and split report or choose; got {values}")
-    counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed")}
+    counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed", "embedder")}
     numbers = [number for value in counts.values() for number in (value if isinstance(value, list) else [value])]
     if not all(isinstance(number, int) and number >= 1 for number in numbers) or values["seed"] < 0:
         raise ConfigError(f"counts are 1 or more and the seed 0 or more; got {values}")
