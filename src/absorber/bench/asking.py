@@ -131,8 +131,12 @@ class AskingTask(Task):
                 texts.full = self._with_everything(setting, texts)
             found["full"] = texts.full
             with reader.speaking():
-                for view, read in (("windowed", reader.windowed), ("contextless", reader.contextless)):
-                    found[view] = self._after(setting, read, texts)
+                kept = reader.reading()
+                if kept is not None:
+                    found["windowed"] = self.answer(kept, texts.queries, texts)
+                else:
+                    found["windowed"] = self._after(setting, reader.windowed, texts)
+                found["contextless"] = self._after(setting, reader.contextless, texts)
         return {f"{metric}/{view}": values for view, figures in found.items() for metric, values in figures.items()}
 
     def _after(self, setting: Setting, read: Callable[[Questions], Tensor], texts: Asked) -> Figures:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from absorber.bench.ablation_tables import TABLES
-from absorber.bench.methods import METHODS
+from absorber.bench.methods import METHODS, OUTSIDE
 from absorber.bench.records import Record
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, words
 from absorber.bench.report_paper import dataset_of
@@ -30,7 +30,7 @@ DATA: dict[str, tuple[str, ...]] = {
 }
 """What each task can be run on, by its name."""
 
-UNBUILT = ("mamba", "rwkv", "snapkv", "kvzip")
+UNBUILT = ("mamba", "rwkv")
 """Methods that the protocol names and that are not built here."""
 
 _FEWEST_SEEDS = 3
@@ -40,7 +40,7 @@ def matrix(records: Sequence[Record]) -> Table:
     """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods."""
     own = [record for record in records if record.task != "ablation"]
     tasks = dict.fromkeys([*(task for task in TASKS if task != "ablation"), *(record.task for record in own)])
-    methods = dict.fromkeys([*METHODS, *(record.method for record in own), *UNBUILT])
+    methods = dict.fromkeys([*METHODS, *OUTSIDE, *(record.method for record in own), *UNBUILT])
     rows = []
     for method in methods:
         cells = [words(method if method not in UNBUILT else f"{method} (not built)")]

@@ -3,7 +3,7 @@
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -52,7 +52,7 @@ def all_(
     from absorber.bench.made_up import write
 
     tables = read_tables(config)
-    methods = choose_methods((), tables)
+    methods = choose_methods(_names(tables, report), tables)
     if not tasks or "summary" in tasks:
         tables["summary"] = {"embedder": choose_embedder(embedder, report)} | tables.get("summary", {})
     loaded = open_model(model, report, device=device)
@@ -76,6 +76,17 @@ def all_(
     _show(report, outcome)
     report.event("done", num_failures=len(outcome.failures), output=str(output))
     return 1 if outcome.failures else 0
+
+
+def _names(tables: dict[str, Any], report: Output) -> list[str]:
+    """All methods of ours that can run here."""
+    from absorber.bench.methods import METHODS, OUTSIDE
+
+    outside = {name: way.replace(**tables.get(name, {})).where for name, way in OUTSIDE.items()}
+    absent = [name for name, where in outside.items() if not where]
+    if absent:
+        report.say(f"{', '.join(absent)} are left out, for they need an environment of their own: docs/methods.md")
+    return [*METHODS, *(name for name in outside if name not in absent)]
 
 
 def _progress(report: Output, task: str, what: str, meter: "Meter") -> None:
