@@ -1,5 +1,6 @@
 # make demo   reads a book through a small window and shows what the memory is worth
 # make test   runs the tests
+# make quick  runs every benchmark with every method at tiny sizes, and makes a report of it
 # make check  runs linter, formatter, types, import contract, and builds and installs the wheel
 
 PYTHON ?= python3
@@ -7,13 +8,18 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test quick check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/absorber demo --output demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/.installed
+	mkdir -p build && rm -f build/quick.jsonl
+	$(BIN)/absorber bench all --quick --model tiny --device cpu --output build/quick.jsonl
+	$(BIN)/absorber report build/quick.jsonl --output build/quick.html
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from absorber.backbone import inspect, sink_token
 from absorber.bench import ablation
-from absorber.bench.ablation import LAYERS, TABLES, Ablation, Published, Table, cells, run_ablation
+from absorber.bench.ablation import Ablation, cells, run_ablation
 from absorber.bench.ablation_report import ablation_sections, contradictions
+from absorber.bench.ablation_tables import LAYERS, TABLES, Published, Table
 from absorber.bench.methods import METHODS
 from absorber.bench.records import Record, read_records
 from absorber.bench.retention import Retention, Streams

@@ -5,8 +5,7 @@ import types
 
 import pytest
 
-import small_data_sets
-from absorber.bench import hub
+from absorber.bench import hub, made_up
 from absorber.bench.data_sets import Example, examples, questions, summarized
 from absorber.errors import BenchmarkError, MissingExtraError
 
@@ -23,7 +22,7 @@ SIZES = {"ag_news": 120, "trec": 144, "banking77": 320, "musique": 12, "samsum":
 
 @pytest.fixture
 def folder(tmp_path):
-    return small_data_sets.write(tmp_path)
+    return made_up.write(tmp_path)
 
 
 @pytest.mark.parametrize("kind", READERS)

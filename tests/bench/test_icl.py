@@ -6,9 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-import small_data_sets
 from absorber.backbone import inspect, sink_token
-from absorber.bench import asking
+from absorber.bench import asking, made_up
 from absorber.bench.answer_tables import answer_rows
 from absorber.bench.data_sets import examples
 from absorber.bench.icl import InContext, calibrated
@@ -24,7 +23,7 @@ CONFIG = AbsorbConfig(rank=2, max_steps=1, anchor_texts=2, anchor_tokens=8)
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return small_data_sets.write(tmp_path_factory.mktemp("data"))
+    return made_up.write(tmp_path_factory.mktemp("data"))
 
 
 def task(**changes):

@@ -2,16 +2,16 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-import small_data_sets
 from absorber.backbone import inspect
-from absorber.bench import asking
+from absorber.bench import asking, made_up
 from absorber.bench.answer_tables import answer_rows
-from absorber.bench.asking import Language, Query, fill
+from absorber.bench.asking import Language, fill
 from absorber.bench.data_sets import questions, summarized
 from absorber.bench.methods import METHODS, LoRA
 from absorber.bench.reasoning import Reasoning
@@ -32,7 +32,7 @@ CONFIG = AbsorbConfig(rank=2, max_steps=1, anchor_texts=2, anchor_tokens=8)
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return small_data_sets.write(tmp_path_factory.mktemp("data"))
+    return made_up.write(tmp_path_factory.mktemp("data"))
 
 
 def test_a_context_of_pieces():
@@ -147,7 +147,7 @@ def test_a_right_answer_counts(model, tokenizer, data_dir, monkeypatch):
     task = TASKS["musique"]
     texts = task.prepare(model, tokenizer, data_dir)
     turns = iter([["x", " Builder 1", "x"], ["x"] * 3] * 3)
-    texts.queries[1][0] = Query(texts.queries[1][0].prompt, ("The builder, 1!", "One"))
+    texts.queries[1][0] = replace(texts.queries[1][0], references=("The builder, 1!", "One"))
     monkeypatch.setattr(
         asking, "write_greedily", lambda *args, **kwargs: [texts.language.tokens(one) for one in next(turns)]
     )
@@ -169,7 +169,7 @@ def test_records_are_complete_resume_and_are_shown(kind, model, tokenizer, data_
     assert {(record.method, record.metric, record.config["view"]) for record in records} == {
         (method, metric, view)
         for method in methods
-        for metric in task.units
+        for metric in set(task.units) - {"similarity"}  # which needs an embedder
         for view in ("windowed", "contextless", "full")
     }
     assert len(records) == len({(record.method, record.metric, record.config["view"]) for record in records})

@@ -3,7 +3,7 @@
 import pytest
 
 from absorber.bench import retention
-from absorber.bench.ablation import TABLES
+from absorber.bench.ablation_tables import TABLES
 
 
 @pytest.fixture

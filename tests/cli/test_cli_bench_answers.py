@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import small_data_sets
+from absorber.bench import made_up
 
 SMALL = """
 [{0}]
@@ -24,7 +24,7 @@ MORE = {"icl": "num_classes = 3", "reasoning": "max_new_tokens = 2", "summary": 
 
 @pytest.fixture
 def folder(tmp_path):
-    return small_data_sets.write(tmp_path / "data")
+    return made_up.write(tmp_path / "data")
 
 
 def settings(tmp_path, task, more=None):

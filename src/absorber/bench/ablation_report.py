@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from absorber.bench.ablation import TABLES, Published
+from absorber.bench.ablation_tables import TABLES, Published
 from absorber.bench.figures import Row, gap
 from absorber.bench.records import Record, model_label
 from absorber.config import AbsorbConfig, StreamConfig

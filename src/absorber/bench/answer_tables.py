@@ -31,8 +31,10 @@ def answer_rows(records: Sequence[Record], task: str) -> tuple[Row, list[Row]]:
         if record.task == task:
             run = (record.config["task"]["kind"], str(record.context_length), record.method, str(record.seed))
             runs.setdefault(run, {})[record.config["view"], record.metric] = record
+    there = {metric for found in runs.values() for _, metric in found}
+    shown = {metric: unit for metric, unit in units.items() if metric in there}
     heads: Row = ("data", "tokens", "method", "seed", "view", _words(main), f"{_words(main)} of full", "by chance")
-    heads += tuple(_words(metric) for metric in units if metric != main)
+    heads += tuple(_words(metric) for metric in shown if metric != main)
     rows = []
     for run, found in runs.items():
         full = found["full", main]
@@ -41,16 +43,21 @@ def answer_rows(records: Sequence[Record], task: str) -> tuple[Row, list[Row]]:
             own = found[view, main]
             cells = [f"{_percent(own.value)}{_interval(own)}", _percent(full.value)]
             cells.append("" if chance is None else _percent(chance))
-            for metric, unit in units.items():
+            for metric, unit in shown.items():
                 if metric != main:
-                    value = found[view, metric].value
-                    cells.append(_percent(value) if unit == "ratio" else f"{value:.3f}")
+                    cells.append(_figure(found.get((view, metric)), unit))
             rows.append((*run, view, *cells))
     return heads, rows
 
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
+
+
+def _figure(record: Record | None, unit: str) -> str:
+    if record is None:
+        return ""
+    return _percent(record.value) if unit == "ratio" else f"{record.value:.3f}"
 
 
 def _percent(value: float) -> str:

@@ -9,15 +9,16 @@ Shapes: B streams, T tokens.
 
 import abc
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from absorber.backbone import eos_tokens, untouched
-from absorber.bench.methods import Reader, Setting
+from absorber.bench.methods import Questions, Reader, Setting
 from absorber.bench.methods.full import Full
 from absorber.bench.reading import Reading, write_greedily
 from absorber.bench.records import Record
@@ -41,6 +42,8 @@ class Query:
     """Tokens that stand before the answer."""
     references: tuple[str, ...]
     """Right answers, the main one first."""
+    sought: list[int]
+    """What a method that searches looks for: the question itself, without examples and the words around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +131,31 @@ class AskingTask(Task):
                 texts.full = self._with_everything(setting, texts)
             found["full"] = texts.full
             with reader.speaking():
-                for view, prefix_BT in (("windowed", reader.windowed()), ("contextless", reader.contextless())):
-                    reading = Reading.of(backbone, prefix_BT.to(backbone.device), sink_id=setting.sink_id)
-                    found[view] = self.answer(reading, texts.queries, texts)
+                kept = reader.reading()
+                if kept is not None:
+                    found["windowed"] = self.answer(kept, texts.queries, texts)
+                else:
+                    found["windowed"] = self._after(setting, reader.windowed, texts)
+                found["contextless"] = self._after(setting, reader.contextless, texts)
         return {f"{metric}/{view}": values for view, figures in found.items() for metric, values in figures.items()}
+
+    def _after(self, setting: Setting, read: Callable[[Questions], Tensor], texts: Asked) -> Figures:
+        """Ask after what a reader puts before the questions, which it is told, one a stream at a time."""
+        turns = list(zip(*texts.queries, strict=True))
+        prefixes = [read([query.sought for query in turn]) for turn in turns]
+        if all(
+            torch.equal(prefix_BT, prefixes[0]) for prefix_BT in prefixes
+        ):  # it does not search: one reading for all
+            prefixes, asked = prefixes[:1], [texts.queries]
+        else:
+            asked = [[[query] for query in turn] for turn in turns]
+        backbone, found = setting.backbone, []
+        for prefix_BT, queries in zip(prefixes, asked, strict=True):
+            reading = Reading.of(backbone, prefix_BT.to(backbone.device), sink_id=setting.sink_id)
+            found.append(self.answer(reading, queries, texts))
+        if len(found) == 1:
+            return found[0]
+        return {metric: by_stream([figures[metric] for figures in found]) for metric in found[0]}
 
     def _with_everything(self, setting: Setting, texts: Asked) -> Figures:
         full = Full().begin(setting)

@@ -79,3 +79,13 @@ def build_geometry(name: str, *, device: str = "auto", dtype: str = "auto") -> A
         raise DeviceMemoryError(f"{name} does not fit on {place}: {error}. Choose a smaller geometry") from error
     model.config._name_or_path = name
     return model.eval().requires_grad_(False)
+
+
+def blank_geometry(name: str) -> Any:
+    """Build a model of this shape without weights, to ask what could be measured with it.
+
+    Raises:
+        ConfigError: If there is no such geometry.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(geometry_config(name))

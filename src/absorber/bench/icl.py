@@ -73,7 +73,12 @@ class InContext(AskingTask):
         for stream in range(self.num_streams):
             asked, shown = self._draw(found, labels, stream)
             rows.append(self._context(shown, language))
-            queries.append([Query(language.tokens(self._prompt(one.text)), (one.label,)) for one in asked])
+            queries.append(
+                [
+                    Query(language.tokens(self._prompt(one.text)), (one.label,), language.tokens(f" {one.text}"))
+                    for one in asked
+                ]
+            )
         return Labelled(
             token_ids_BT=torch.tensor(rows),
             guide=make_guide(tokenizer, model),

@@ -64,6 +64,17 @@ class Reading:
         return self._backbone.logits(states).float()
 
 
+class KeptReading(Reading):
+    """What a method keeps of a text in a cache of its own, which no tokens can stand for."""
+
+    last_BD: Tensor
+    """Final states of the last token that was read: what the next one is predicted from."""
+
+    def predict(self, passage_BP: Tensor) -> Tensor:
+        """The final states [B, P, D] from which the tokens of a passage that follows are predicted."""
+        return torch.cat([self.last_BD[:, None], self.fork().read(passage_BP)[:, :-1]], dim=1)
+
+
 @torch.no_grad()
 def continuation_nll(reading: Reading, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
     """Negative log-likelihood of one continuation per row, after a prompt; the reading stays as it was.
@@ -75,7 +86,7 @@ def continuation_nll(reading: Reading, rows: Sequence[tuple[Sequence[int], Seque
     Returns:
         Sums over the tokens of the continuation, in nats.
     """
-    log_p = _predictions(reading, [(prompt, answer[:-1]) for prompt, answer in rows])
+    log_p = predictions(reading, [(prompt, answer[:-1]) for prompt, answer in rows])
     return [-_sum_of(log_p_TV, answer) for log_p_TV, (_, answer) in zip(log_p, rows, strict=True)]
 
 
@@ -100,14 +111,20 @@ def choice_nll(
         groups.setdefault(tuple(choice[:-1]), []).append(index)
     found = [[0.0] * len(choices) for _ in prompts]
     for begin, indices in groups.items():
-        for row, log_p_TV in enumerate(_predictions(reading, [(prompt, begin) for prompt in prompts])):
+        for row, log_p_TV in enumerate(predictions(reading, [(prompt, begin) for prompt in prompts])):
             for index in indices:
                 found[row][index] = -_sum_of(log_p_TV, choices[index])
     return found
 
 
-def _predictions(reading: Reading, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
-    """Log-probabilities [T + 1, V] of the tokens that follow each row's prompt, and those of the T tokens behind it."""
+@torch.no_grad()
+def predictions(reading: Reading, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """Log-probabilities [T + 1, V] of the tokens that follow each row's prompt, and those of the T tokens behind it.
+
+    Args:
+        reading: Of as many rows; it stays as it was.
+        rows: For each the prompt, not empty, and what stands behind it.
+    """
     longest = max(len(prompt) + len(behind) for prompt, behind in rows)
     # What stands after a row's end is not seen from it, so that any token may fill it up.
     padded = [[*prompt, *behind, *[0] * (longest - len(prompt) - len(behind))] for prompt, behind in rows]

@@ -49,7 +49,14 @@ class Reasoning(WritingTask):
             first = stream * self.num_queries
             own = [found[(first + place) % len(found)] for place in range(self.num_queries)]
             rows.append(self._context(own, found, language, stream))
-            queries.append([Query(language.tokens(_PROMPT.format(one.question)), one.answers) for one in own])
+            queries.append(
+                [
+                    Query(
+                        language.tokens(_PROMPT.format(one.question)), one.answers, language.tokens(f" {one.question}")
+                    )
+                    for one in own
+                ]
+            )
         return Asked(torch.tensor(rows), make_guide(tokenizer, model), queries, language)
 
     def _context(

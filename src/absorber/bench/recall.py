@@ -21,6 +21,7 @@ from absorber.backbone import forward_states, untouched
 from absorber.bench.data import Kind, documents, streams
 from absorber.bench.facts import KINDS, WORDINGS, Fact, Wording, draw_facts
 from absorber.bench.methods import Questions, Reader, Setting
+from absorber.bench.reading import Reading, predictions
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint, Task, as_gap
 from absorber.errors import BenchmarkError
@@ -101,9 +102,15 @@ class Recall(Task):
                     texts.in_view[planted, wording] = ask(setting, context_BN, asked, wording, texts.guide.tokenize)
                 answers = {"full": texts.in_view[planted, wording]}
                 with reader.speaking():
-                    for view, read in (("contextless", reader.contextless), ("windowed", reader.windowed)):
+                    kept = reader.reading()
+                    reads = {"contextless": reader.contextless, "windowed": reader.windowed}
+                    if kept is not None:
+                        del reads["windowed"]
+                    for view, read in reads.items():
                         prefix_QT = _before_each(read, asked, wording, texts.guide.tokenize)
                         answers[view] = ask(setting, prefix_QT, asked, wording, texts.guide.tokenize)
+                    if kept is not None:
+                        answers["windowed"] = ask_kept(kept, asked, wording, texts.guide.tokenize)
                 for view, metrics in answers.items():
                     found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
         return found
@@ -225,6 +232,22 @@ def ask(
         found["recall_exact"].append(float((logits.argmax(dim=-1) == answer_T).all()))
         found["recall_nll"].append(float(torch.nn.functional.cross_entropy(logits, answer_T, reduction="sum")))
     return found
+
+
+@torch.no_grad()
+def ask_kept(
+    reading: Reading, asked: Sequence[Sequence[Fact]], wording: Wording, tokenize: Callable[[str], list[int]]
+) -> dict[str, list[float]]:
+    """The same as `ask`, after what a method keeps in a cache of its own."""
+    found: dict[str, list[list[float]]] = {"recall_exact": [], "recall_nll": []}
+    for turn in zip(*asked, strict=True):
+        rows = [(tokenize("\n" + fact.prompts[wording]), tokenize(fact.answer)) for fact in turn]
+        log_p = predictions(reading, [(prompt, answer[:-1]) for prompt, answer in rows])
+        answers = [torch.tensor(answer, device=log_p[0].device) for _, answer in rows]
+        pairs = list(zip(log_p, answers, strict=True))
+        found["recall_exact"].append([float((log_p_TV.argmax(-1) == ids_T).all()) for log_p_TV, ids_T in pairs])
+        found["recall_nll"].append([-float(log_p_TV.gather(1, ids_T[:, None]).sum()) for log_p_TV, ids_T in pairs])
+    return {metric: [value for own in zip(*turns, strict=True) for value in own] for metric, turns in found.items()}
 
 
 def _by_stream(task: Recall, answers: Sequence[float]) -> list[float]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from absorber.bench.ablation import TABLES
-from absorber.bench.methods import METHODS
+from absorber.bench.ablation_tables import TABLES
+from absorber.bench.methods import METHODS, OUTSIDE
 from absorber.bench.records import Record
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, words
 from absorber.bench.report_paper import dataset_of
@@ -30,7 +30,8 @@ DATA: dict[str, tuple[str, ...]] = {
 }
 """What each task can be run on, by its name."""
 
-UNBUILT = ("mamba", "rwkv", "snapkv", "kvzip")
+_PROTOCOL = ("mamba", "rwkv", "snapkv", "kvzip")
+UNBUILT = tuple(name for name in _PROTOCOL if name not in METHODS and name not in OUTSIDE)
 """Methods that the protocol names and that are not built here."""
 
 _FEWEST_SEEDS = 3
@@ -40,10 +41,11 @@ def matrix(records: Sequence[Record]) -> Table:
     """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods."""
     own = [record for record in records if record.task != "ablation"]
     tasks = dict.fromkeys([*(task for task in TASKS if task != "ablation"), *(record.task for record in own)])
-    methods = dict.fromkeys([*METHODS, *(record.method for record in own), *UNBUILT])
+    methods = dict.fromkeys([*METHODS, *OUTSIDE, *(record.method for record in own), *UNBUILT])
     rows = []
     for method in methods:
-        cells = [words(method if method not in UNBUILT else f"{method} (not built)")]
+        is_built = method not in UNBUILT or any(record.method == method for record in own)
+        cells = [words(method if is_built else f"{method} (not built)")]
         for task in tasks:
             count = sum((record.task, record.method) == (task, method) for record in own)
             cells.append(Cell(f"{count} records", is_number=True) if count else NOT_RUN)

@@ -6,9 +6,9 @@ The paper's model is LLaMA2-7B on one RTX 4080 SUPER; ours is what the records s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from absorber.bench.ablation import TABLES
 from absorber.bench.ablation_report import Section as Ablated
 from absorber.bench.ablation_report import ablation_sections
+from absorber.bench.ablation_tables import TABLES
 from absorber.bench.records import Record, model_label
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, number, paper, place_of, plain, words
 from absorber.bench.report_tables import label, labels

@@ -168,8 +168,12 @@ def _score(
     pairs = {}
     found: dict[str, Tensor] = {"full_nll": passage_nll(backbone, full_BPD, passage_BP)}
     with reader.speaking():
-        for name, prefix_BT in (("windowed", reader.windowed()), ("contextless", reader.contextless())):
-            final_BPD = states(prefix_BT, passage_BP)
+        kept = reader.reading()
+        in_view_BPD = kept.predict(passage_BP) if kept is not None else states(reader.windowed(), passage_BP)
+        for name, final_BPD in (
+            ("windowed", in_view_BPD),
+            ("contextless", states(reader.contextless(), passage_BP)),
+        ):
             found[f"{name}_nll"] = passage_nll(backbone, final_BPD, passage_BP)
             found[f"{name}_kl"] = passage_kl(backbone, full_BPD, final_BPD)
         for kind, unrelated_BP in texts.drift.items():

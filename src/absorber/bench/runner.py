@@ -26,7 +26,9 @@ class Listener:
     """After each round of a method."""
     on_method: Callable[[str, list[Record]], None] = lambda method, records: None
     """After each method, with its records."""
-    on_failure: Callable[[str, AbsorberError], None] = lambda method, error: None
+    on_known: Callable[[str, list[Record]], None] = lambda method, records: None
+    """In place of a method that the output file has already."""
+    on_failure: Callable[[str, Exception], None] = lambda method, error: None
     """After a method that failed."""
 
 
@@ -83,6 +85,7 @@ def run_task(
         done = known.get(_identity(probe))
         if done:
             listener.say(f"{name}: already measured, in {output}")
+            listener.on_known(name, done)
             found += done
             continue
         if task.reference is not None and not reference:
@@ -98,7 +101,7 @@ def run_task(
             started = time.perf_counter()
             measured = reference if name == task.reference else checkpoints(name, method)
             listener.say(f"{name}: {time.perf_counter() - started:.0f} s")
-        except AbsorberError as error:
+        except (AbsorberError, RuntimeError) as error:  # what torch raises, an exhausted device's memory among it
             listener.on_failure(name, error)
             continue
         records = task.to_records(name, method.config(), measured, reference, facts)

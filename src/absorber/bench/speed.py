@@ -117,6 +117,10 @@ class Sheet:
     """Told what happens."""
     on_records: Callable[[list[Record]], None] = lambda records: None
     """Given a cell's records as they are written."""
+    on_cell: Callable[[str, bool], None] = lambda label, is_new: None
+    """Told of a cell that has records, and whether it was measured now."""
+    on_failure: Callable[[str, Exception], None] = lambda label, error: None
+    """Told of a cell that failed."""
     records: list[Record] = field(default_factory=list)
     """Those of all cells asked for, old and new."""
     failures: list[str] = field(default_factory=list)
@@ -142,6 +146,7 @@ class Sheet:
             if probe.key in known:
                 self.say(f"{cell.label}: already measured, in {self.output}")
                 self.records += known[probe.key]
+                self.on_cell(cell.label, False)
             elif seconds is not None and time.perf_counter() - started > seconds:
                 skipped += 1
             else:
@@ -165,6 +170,7 @@ class Sheet:
         ) as error:  # one thing that cannot be measured does not end a run on a device that is lent
             self.say(f"{cell.label} failed: {error}")
             self.failures.append(cell.label)
+            self.on_failure(cell.label, error)
             return
         seconds = time.perf_counter() - started
         if on_gpu and figures[0].metric != "out_of_memory":
@@ -174,6 +180,7 @@ class Sheet:
         append_records(self.output, records)
         self.records += records
         self.on_records(records)
+        self.on_cell(cell.label, True)
         self.say(f"{cell.label} ({seconds:.1f} s): " + ", ".join(spell(record) for record in records))
         make_room(self.device)
 

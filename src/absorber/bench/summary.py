@@ -12,6 +12,7 @@ from absorber.bench.asking import Asked, Figures, Language, Query, WritingTask, 
 from absorber.bench.data_sets import Document, Request, SummarySet, summarized
 from absorber.bench.overlap import rouge_l, token_f1
 from absorber.bench.reading import Reading, continuation_nll
+from absorber.bench.similarity import similarity
 from absorber.errors import BenchmarkError
 from absorber.notes import make_guide
 
@@ -22,18 +23,31 @@ class Summary(WritingTask):
 
     name: ClassVar[str] = "summary"
     kinds: ClassVar[tuple[str, ...]] = get_args(SummarySet)
-    units: ClassVar[Mapping[str, str]] = {"rouge_l": "ratio", "f1": "ratio", "summary_nll": "nats/token"}
+    units: ClassVar[Mapping[str, str]] = {
+        "rouge_l": "ratio",
+        "f1": "ratio",
+        "similarity": "cosine",
+        "summary_nll": "nats/token",
+    }
     kind: SummarySet = "samsum"
     max_new_tokens: int = 64
+    embedder: str = ""
+    """For `similarity`, which is left out without one; see there."""
+
+    def config(self) -> dict[str, Any]:
+        """What a record says of the settings: of an embedder in a folder its name, not its place."""
+        values = WritingTask.config(self)
+        embedder = values.pop("embedder")
+        return values | ({"embedder": Path(embedder).name if Path(embedder).is_dir() else embedder} if embedder else {})
 
     def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> Asked:
         """Read, draw and tokenize.
 
         Raises:
             BenchmarkError: If there are too few documents.
-            MissingExtraError: If the package for ROUGE is missing.
+            MissingExtraError: If the package for ROUGE, or that for embeddings, is missing.
         """
-        rouge_l()  # a missing package must not be found out after the first method
+        self.judge("a", ["b"])  # a missing package must not be found out after the first method
         language = Language.of(model, tokenizer)
         found = summarized(self.kind, data_dir, self.split)
         random.Random(f"documents/{self.seed}").shuffle(found)
@@ -53,7 +67,11 @@ class Summary(WritingTask):
                     what=f"documents of {self.kind}",
                 )
             )
-            queries.append([Query(language.tokens(asked.prompt), asked.references) for _, asked in own])
+            prompts = [language.tokens(asked.prompt) for _, asked in own]
+            # The request names the heading, and nothing else stands around it.
+            queries.append(
+                [Query(prompt, asked.references, prompt) for prompt, (_, asked) in zip(prompts, own, strict=True)]
+            )
         return Asked(torch.tensor(rows), make_guide(tokenizer, model), queries, language)
 
     def _choose(
@@ -98,7 +116,8 @@ class Summary(WritingTask):
 
     def judge(self, answer: str, references: Sequence[str]) -> dict[str, float]:
         """Compare with the best fitting of the summaries of people."""
-        return {"rouge_l": rouge_l()(answer, references), "f1": token_f1(answer, references)}
+        near = {"similarity": similarity(self.embedder)(answer, references)} if self.embedder else {}
+        return {"rouge_l": rouge_l()(answer, references), "f1": token_f1(answer, references)} | near
 
 
 def _under_other_headings(own: Sequence[Document], order: Sequence[Document]) -> list[Document]:

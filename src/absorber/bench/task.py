@@ -146,18 +146,23 @@ class Task(abc.ABC):
             guide=texts.guide,
         )
         reader, seconds, begin = method.begin(setting), 0.0, 0
-        for number in range(self.num_rounds + 1):
-            end = self.sync_tokens + self.context_tokens * number
-            started = time.perf_counter()
-            reader.read(texts.token_ids_BT[:, begin:end])
-            begin = end
-            if backbone.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - started
-            if number in self.checkpoints:
-                yield Checkpoint(number, self.examine(setting, reader, texts, number), seconds)
-            if number:
-                on_round(number)
+        try:
+            for number in range(self.num_rounds + 1):
+                end = self.sync_tokens + self.context_tokens * number
+                started = time.perf_counter()
+                reader.read(texts.token_ids_BT[:, begin:end])
+                begin = end
+                if number in self.checkpoints:
+                    reader.reading()  # which takes its time when it is first asked for
+                if backbone.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds += time.perf_counter() - started
+                if number in self.checkpoints:
+                    yield Checkpoint(number, self.examine(setting, reader, texts, number), seconds)
+                if number:
+                    on_round(number)
+        finally:
+            reader.close()
 
     def record(
         self,

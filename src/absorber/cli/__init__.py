@@ -34,6 +34,7 @@ for _command in (absorb, ask, stream, chat, doctor, plan):
     app.command(_command)
 app.command("absorber.cli.bench:app", name="bench", help="Measure methods against each other.")
 app.command("absorber.cli.report:report", name="report", help="Make one page from the records of benchmarks.")
+app.command("absorber.cli.evaluate:evaluate", name="eval", help="Run lm-evaluation-harness with Absorber as a model.")
 app.command("absorber.cli.demo:demo", name="demo", help="Absorb a book that comes with Absorber, and measure it.")
 
 

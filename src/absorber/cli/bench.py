@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 
 from absorber.cli.bench_ablation import ablation, show_ablation
+from absorber.cli.bench_all import all_
 from absorber.cli.bench_answers import icl, reasoning, show_answers, summary
 from absorber.cli.bench_recall import recall, show_recall
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from absorber.bench.records import Record
 
 app = App(name="bench", help="Measure methods against each other.")
+app.command(all_, name="all")
 app.command(ablation)
 app.command(recall)
 app.command(latency)

@@ -83,7 +83,7 @@ def show_ablation(report: Output, records: "Sequence[Record]") -> None:
 
 
 def _list(report: Output, names: Sequence[str]) -> None:
-    from absorber.bench.ablation import TABLES
+    from absorber.bench.ablation_tables import TABLES
 
     for name in names or TABLES:
         table = TABLES[name]

@@ -96,6 +96,7 @@ def summary(
     streams: int = 24,
     seed: int = 0,
     config: Path | None = None,
+    embedder: str | None = None,
     model: ModelFlag = None,
     device: str = "auto",
     json: JsonFlag = False,
@@ -116,12 +117,26 @@ def summary(
         seed: Of documents and methods.
         config: TOML file with a table [summary] (context_tokens, sync_tokens, num_queries, max_new_tokens) and one
             [absorb], which changes the method absorber.
+        embedder: Hub id or folder of a sentence-transformers model, for the similarity in meaning; that of
+            $ABSORBER_EMBEDDER or of the extra "similarity" if left out, and no such figure without either.
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
         json: Write one JSON object per line to stdout.
     """
+    report = Output(json_lines=json)
     flags = {"kind": dataset, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
-    return _run("summary", methods, flags, Output(json_lines=json), output, data_dir, config, model, device)
+    flags |= {"embedder": choose_embedder(embedder, report)}
+    return _run("summary", methods, flags, report, output, data_dir, config, model, device)
+
+
+def choose_embedder(given: str | None, report: Output) -> str:
+    """The embedder to judge summaries with; none, which is told, where there is none."""
+    from absorber.bench.similarity import usual_embedder, why_none
+
+    embedder = given or usual_embedder()
+    if not embedder:
+        report.say(why_none())
+    return embedder
 
 
 def _run(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
-from absorber.errors import AbsorberError, ConfigError
+from absorber.errors import ConfigError
 
 if TYPE_CHECKING:
     from absorber.bench.figures import Row
+    from absorber.bench.methods import Method
     from absorber.bench.records import Record
     from absorber.bench.runner import Listener
     from absorber.bench.task import Task
@@ -42,7 +43,7 @@ def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
         raise ConfigError(f"unknown setting {', '.join(unknown)} in [{kind_of_task.name}]")
     if values["kind"] not in kind_of_task.kinds or values["split"] not in ("report", "choose"):
         raise ConfigError(f"kind is one of {', '.join(kind_of_task.kinds)} and split report or choose; got {values}")
-    counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed")}
+    counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed", "embedder")}
     numbers = [number for value in counts.values() for number in (value if isinstance(value, list) else [value])]
     if not all(isinstance(number, int) and number >= 1 for number in numbers) or values["seed"] < 0:
         raise ConfigError(f"counts are 1 or more and the seed 0 or more; got {values}")
@@ -60,25 +61,31 @@ def run_methods(
     model: str | None,
     device: str,
 ) -> "list[Record]":
-    """Load the model and measure methods, all of ours if none is named.
+    """Load the model and measure methods, all of ours if none is named."""
+    from absorber.bench.runner import run_task
+
+    chosen = choose_methods(names, tables)
+    loaded = open_model(model, report, device=device)
+    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
+
+
+def choose_methods(names: Sequence[str], tables: dict[str, Any]) -> "dict[str, Method]":
+    """Find methods, all of ours if none is named.
 
     A table with the name of a method changes that method; so does [absorb] the method absorber.
     """
     from absorber.bench.methods import METHODS, method
-    from absorber.bench.runner import run_task
 
     chosen = {name: method(name) for name in names or METHODS}
     settings = tables | {"absorber": tables.get("absorb", {}) | tables.get("absorber", {})}
-    chosen = {name: way.replace(**settings.get(name, {})) for name, way in chosen.items()}
-    loaded = open_model(model, report, device=device)
-    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
+    return {name: way.replace(**settings.get(name, {})) for name, way in chosen.items()}
 
 
 def listener(report: Output, what: str) -> "Listener":
     """Tell the user how a run goes; `what` is what its events call the things that are measured."""
     from absorber.bench.runner import Listener
 
-    def on_failure(name: str, error: AbsorberError) -> None:
+    def on_failure(name: str, error: Exception) -> None:
         report.event("failed", **{what: name}, type=type(error).__name__, message=str(error))
         report.say(f"{name} failed: {error}")
 

@@ -10,6 +10,7 @@ value a `Method`, or a class or function that makes one when called without argu
 from importlib.metadata import EntryPoint, entry_points
 
 from absorber.bench.methods.bm25 import BM25
+from absorber.bench.methods.compressed import Compressed
 from absorber.bench.methods.full import Full
 from absorber.bench.methods.lora import LoRA, lora_methods
 from absorber.bench.methods.reader import Method, Questions, Reader, Setting
@@ -31,11 +32,19 @@ METHODS: dict[str, Method] = {
 }
 """Our own by the name on the command line. Where no method is named, these are run: others have to be asked for."""
 
+OUTSIDE: dict[str, Compressed] = {
+    "snapkv": Compressed(press="snapkv"),
+    "kvzip": Compressed(press="kvzip"),
+}
+"""Those that need an environment of their own, and are run when asked for."""
+
 __all__ = [
     "BM25",
     "ENTRY_POINTS",
     "METHODS",
+    "OUTSIDE",
     "TTT",
+    "Compressed",
     "LoRA",
     "Method",
     "Questions",
@@ -52,11 +61,12 @@ def method(name: str) -> Method:
     Raises:
         BenchmarkError: If there is none, or that of another package is broken.
     """
-    if name in METHODS:
-        return METHODS[name]
+    known: dict[str, Method] = {**METHODS, **OUTSIDE}
+    if name in known:
+        return known[name]
     points = others()
     if name not in points:
-        raise BenchmarkError(f"there is no method {name!r}; there are {', '.join([*METHODS, *points])}")
+        raise BenchmarkError(f"there is no method {name!r}; there are {', '.join([*known, *points])}")
     return _loaded(points[name])
 
 
@@ -72,7 +82,7 @@ def others() -> dict[str, EntryPoint]:
             raise BenchmarkError(
                 f"two packages have a method {point.name!r}: {found[point.name].value} and {point.value}; uninstall one"
             )
-    return {name: point for name, point in found.items() if name not in METHODS}
+    return {name: point for name, point in found.items() if name not in METHODS and name not in OUTSIDE}
 
 
 def _loaded(point: EntryPoint) -> Method:

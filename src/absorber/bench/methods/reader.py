@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from absorber.backbone import Backbone
+from absorber.bench.reading import KeptReading
 from absorber.config import StreamConfig
 from absorber.errors import ConfigError
 from absorber.notes import Guide
@@ -65,6 +66,13 @@ class Reader:
     def contextless(self, questions: Questions | None = None) -> Tensor:
         """What stands before a passage, or one question a stream, when the window is taken away [B, T]."""
         return self.recent_BT[:, :0]
+
+    def reading(self) -> KeptReading | None:
+        """What stands in the place of `windowed` for a method that keeps no tokens, but a cache of its own."""
+        return None
+
+    def close(self) -> None:
+        """Give back what the reader holds; it is not used any more."""
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """The model as it is after this reading, memory attached."""

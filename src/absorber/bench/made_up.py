@@ -1,21 +1,51 @@
-"""Small files of the forms in which the data sets of `absorber.bench.data_sets` are published; all made up."""
+"""Small files of the forms that `data` and `data_sets` read, for tests and `absorber bench all --quick`; all made up.
+
+They are the same at every call. No figure measured on them means anything.
+"""
 
 import csv
 import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 SUBJECTS = ["harbor", "bridge", "orchard", "market", "castle", "river", "garden", "tower", "station", "island"]
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ivy", "Jon", "Kim", "Leo"]
+_VERBS = ["painted", "crossed", "closed", "sold", "measured", "guarded", "left", "found", "described", "visited"]
+_WHEN = ["in the morning", "before the rain", "for a week", "without a word", "at noon", "once more", "in March"]
 
 
-def write(folder):
-    """Write all of them."""
+def write(folder: Path) -> Path:
+    """Write all of them into a folder, and return it."""
     labelled(folder)
     questions(folder)
     summarized(folder)
+    told(folder)
     return folder
 
 
-def labelled(folder):
+def told(folder: Path) -> None:
+    """Books and encyclopedia text."""
+    for number in range(6):
+        lines = [" ".join(_sentences(f"book/{number}/{line}", 3)) for line in range(60)]
+        _text(folder / "novels" / f"book{number}.txt", "\n".join(lines) + "\n")
+    articles = []
+    for subject in SUBJECTS:
+        articles.append(f" = The {subject} = \n")
+        articles += [f" {' '.join(_sentences(f'article/{subject}/{part}', 4))} \n" for part in range(5)]
+    _text(folder / "wikitext2" / "test.txt", "".join(articles))
+
+
+def _sentences(seed: str, count: int) -> list[str]:
+    dice = random.Random(seed)
+    return [
+        f"{dice.choice(NAMES)} {dice.choice(_VERBS)} the {dice.choice(SUBJECTS)} {dice.choice(_WHEN)}."
+        for _ in range(count)
+    ]
+
+
+def labelled(folder: Path) -> None:
+    """AG News, TREC and Banking77."""
     rows = [
         (label, f"Title {label}{number}", f"The {SUBJECTS[number % 10]} of topic {label}\\number {number} #39;x")
         for number in range(30)
@@ -27,13 +57,14 @@ def labelled(folder):
         lines = [f"{label} What is {label[:3]} {number} ?" for number in numbers for label in coarse]
         _text(folder / "trec" / f"{part}.txt", "\n".join(lines) + "\n")
     for part, numbers in (("train", range(10)), ("test", range(10, 16))):
-        rows = [
+        asked = [
             (f"About {kind}, case {number}, please", f"kind_of_{kind}?") for number in numbers for kind in range(20)
         ]
-        _csv(folder / "banking77" / f"{part}.csv", [("text", "category"), *rows])
+        _csv(folder / "banking77" / f"{part}.csv", [("text", "category"), *asked])
 
 
-def questions(folder):
+def questions(folder: Path) -> None:
+    """MuSiQue."""
     entries = [
         {
             "id": f"2hop__{number}",
@@ -54,7 +85,8 @@ def questions(folder):
     _text(folder / "musique" / "dev.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def summarized(folder):
+def summarized(folder: Path) -> None:
+    """SAMSum and SQuALITY."""
     pairs = [(one, other) for one in NAMES for other in NAMES if one < other][:40]
     dialogues = [
         {
@@ -82,12 +114,12 @@ def summarized(folder):
     _text(folder / "squality" / "dev.jsonl", "".join(json.dumps(story) + "\n" for story in stories))
 
 
-def _csv(path, rows):
+def _csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
 
 
-def _text(path, text):
+def _text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
