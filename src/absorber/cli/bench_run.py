@@ -74,13 +74,21 @@ def run_methods(
     return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
 
 
-def listener(report: Output, what: str) -> "Listener":
-    """Tell the user how a run goes; `what` is what its events call the things that are measured."""
+def listener(report: Output, what: str, failures: list[str] | None = None) -> "Listener":
+    """Tell the user how a run goes.
+
+    Args:
+        report: Where the words go.
+        what: What events call the things that are measured.
+        failures: Takes the names of those that failed.
+    """
     from absorber.bench.runner import Listener
 
     def on_failure(name: str, error: AbsorberError) -> None:
         report.event("failed", **{what: name}, type=type(error).__name__, message=str(error))
         report.say(f"{name} failed: {error}")
+        if failures is not None:
+            failures.append(name)
 
     return Listener(
         say=report.say,
