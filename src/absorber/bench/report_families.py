@@ -1,4 +1,4 @@
-"""Tables of the families that were trained from scratch: what each is and costs, nll by position, recall by distance."""
+"""Tables of the families trained from scratch: what each is and costs, nll by position, recall by distance."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from absorber.bench.report_layout import NONE, Cell, Table, number, over_seeds, 
 _FACTS = ("parameters", "train_nll", "tokens_per_second", "train_seconds", "peak_memory_bytes")
 _MOST_POSITIONS = 7
 _NOTE = (
-    "Trained from scratch on the same tokens in the same order, with equal parameters, tokenizer and optimizer; pretrained "
-    "weights of this size are to be had of the transformer alone. {rows} tokens is the length of a training row."
+    "Trained from scratch on the same tokens in the same order, with equal parameters, tokenizer and optimizer, in "
+    "rows of {rows} tokens. Truncation and the methods with a memory read with the trained transformer."
 )
 
 

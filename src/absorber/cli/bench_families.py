@@ -27,10 +27,10 @@ def families(
     device: str = "auto",
     json: JsonFlag = False,
 ) -> int:
-    """Train a transformer, a Mamba, an RNN and a TTT model alike, and score them on text longer than their training rows.
+    """Train a transformer, a Mamba, an RNN and a TTT model alike, and score them beyond their training length.
 
-    All have equal parameters, tokenizer, tokens, order of tokens and optimizer. Truncation and Absorber then read with the
-    trained transformer. Training goes on from its last checkpoint, and what the output file has is not done again.
+    All have equal parameters, tokenizer, tokens, order of tokens and optimizer. Truncation and Absorber then read with
+    the trained transformer. Training goes on from its last checkpoint, and what the output file has is not done again.
 
     Args:
         names: transformer, mamba, rnn, ttt, truncation, absorber; these if left out. Also ttt-mlp, and the methods of

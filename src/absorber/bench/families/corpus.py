@@ -1,8 +1,8 @@
 """What the families are trained and scored on: the same tokens in the same order, and none of the scored text.
 
-The tokenizer is a byte-level BPE that is trained on the training text alone. That text is cut into rows, in an order that
-depends on the seed and on nothing else. Into a share of the rows pairs are planted: a mark, a key and a value, three
-tokens that are repeated later in the row, where the value can be known; so recall can be learned.
+The tokenizer is a byte-level BPE that is trained on the training text alone. That text is cut into rows, in an order
+that depends on the seed and on nothing else. Into a share of the rows pairs are planted: a mark, a key and a value,
+three tokens that are repeated later in the row, where the value can be known; so recall can be learned.
 
 Shapes: R rows of a step, T tokens.
 """

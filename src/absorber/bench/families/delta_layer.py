@@ -78,7 +78,8 @@ class DeltaMixer(nn.Module):
         query, key, value, writes, decay = map(by_chunk, (query_BTD, key_BTD, value_BTD, writes_BTH, decay_BTH))
         query = functional.normalize(query, dim=-1) * self.width**-0.5
         read_NGLK = chunked_delta(query, functional.normalize(key, dim=-1), value, writes, decay)
-        return read_NGLK.unflatten(1, (rows, self.heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :num_tokens]
+        split = read_NGLK.view(read_NGLK.shape[0], rows, self.heads, chunk, self.width)
+        return split.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :num_tokens]
 
 
 def chunked_delta(query: Tensor, key: Tensor, value: Tensor, writes: Tensor, decay: Tensor) -> Tensor:

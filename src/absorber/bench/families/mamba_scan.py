@@ -35,16 +35,15 @@ def quicken(model: Any) -> Any:
 def mixer_pass(mixer: Any, hidden_states: Tensor, **unused: Any) -> Tensor:
     """Read rows from their beginning, without a cache and without padding."""
     inner, states = mixer.intermediate_size, mixer.ssm_state_size
-    gate, mixed, steps_BTH = mixer.in_proj(hidden_states).split(
-        [inner, inner + 2 * states, mixer.num_heads], dim=-1
-    )
+    widths = [inner, inner + 2 * states, mixer.num_heads]
+    gate, mixed, steps_BTH = torch.split(mixer.in_proj(hidden_states), widths, dim=-1)
     weight_DW, bias = mixer.conv1d.weight[:, 0].to(mixed.dtype), mixer.conv1d.bias
     mixed = functional.silu(causal_convolution(mixed, weight_DW, None if bias is None else bias.to(mixed.dtype)))
-    values, keys_BTS, queries_BTS = mixed.split([inner, states, states], dim=-1)
+    values, keys_BTS, queries_BTS = torch.split(mixed, [inner, states, states], dim=-1)
     with torch.autocast(hidden_states.device.type, enabled=False):
         steps_BTH = functional.softplus(steps_BTH.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
         decay_BTH = -mixer.A_log.float().exp() * steps_BTH
-        values_BTHP = values.float().unflatten(-1, (mixer.num_heads, -1))
+        values_BTHP = values.float().view(*values.shape[:2], mixer.num_heads, -1)
         written = values_BTHP * steps_BTH[..., None]
         read_BTHP = scan(queries_BTS.float(), keys_BTS.float(), written, decay_BTH)
         read_BTHP = read_BTHP + mixer.D.float()[:, None] * values_BTHP
@@ -62,7 +61,8 @@ def scan(queries_BTS: Tensor, keys_BTS: Tensor, values_BTHP: Tensor, decay_BTH: 
 
     def by_chunk(states: Tensor) -> Tensor:
         missing = (0, 0) * (states.dim() - 2) + (0, -num_tokens % chunk)
-        return functional.pad(states, missing).unflatten(1, (-1, chunk))
+        padded = functional.pad(states, missing)
+        return padded.view(states.shape[0], -1, chunk, *states.shape[2:])
 
     queries, keys = by_chunk(queries_BTS), by_chunk(keys_BTS)  # [B, N, L, S]
     values = by_chunk(values_BTHP).transpose(2, 3)  # [B, N, H, L, P]

@@ -3,7 +3,8 @@
 A family reads a stream at once, as far as its state or its attention carries. A method on the trained transformer reads
 the same stream through its window, round by round, and is scored at the same positions with what it remembers.
 
-Recall: pairs (a mark, a key, a value) are planted in a stream, text follows, and then each is asked for by its mark and key.
+Recall: pairs (a mark, a key, a value) are planted in a stream, text follows, and then each is asked for by its mark and
+key.
 
 Shapes: B streams, T tokens, Q tokens of questions.
 """
@@ -178,7 +179,8 @@ def measure_method(
     nll: Points = {}
     recall: Points = {}
     done = 0
-    for position, reader in _read(task, method.begin(setting), texts.stream_BT):
+    reader = method.begin(setting)
+    for position in _read(task, reader, texts.stream_BT):
         passage_BP = texts.stream_BT[:, position : position + task.passage_tokens]
         if passage_BP.shape[1] == task.passage_tokens:
             nll[position] = _read_passage(reader, passage_BP)
@@ -186,7 +188,7 @@ def measure_method(
         on_round(done)
     for asked in texts.recall:
         reader = method.begin(setting)
-        for _, reader in _read(task, reader, asked.read_BT):
+        for _ in _read(task, reader, asked.read_BT):
             done += 1
             on_round(done)
         with torch.no_grad(), untouched(model), reader.speaking():
@@ -195,17 +197,17 @@ def measure_method(
     return Measured(nll, recall, time.perf_counter() - started)
 
 
-def _read(task: Families, reader: Reader, stream_BT: Tensor) -> Iterator[tuple[int, Reader]]:
+def _read(task: Families, reader: Reader, stream_BT: Tensor) -> Iterator[int]:
     """Give the reader the first m tokens, then n a round; yields the tokens read so far after each."""
     begin = 0
     for end in range(task.sync_tokens, stream_BT.shape[1] + 1, task.context_tokens):
         reader.read(stream_BT[:, begin:end])
         begin = end
-        yield end, reader
+        yield end
 
 
 def _read_passage(reader: Reader, passage_BP: Tensor) -> list[float]:
     backbone = reader.setting.backbone
     with torch.no_grad(), reader.speaking():
         final_BPD = predict_passage(backbone, reader.windowed(), passage_BP, sink_id=SEPARATOR)
-        return passage_nll(backbone, final_BPD, passage_BP).tolist()  # type: ignore[no-any-return]
+        return passage_nll(backbone, final_BPD, passage_BP).tolist()

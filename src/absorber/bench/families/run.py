@@ -1,4 +1,4 @@
-"""A run of the families: trained one after another, measured, and written as records; what is done is not done again."""
+"""A run of the families: trained one after another, measured, and written as records; nothing is done twice."""
 
 import dataclasses
 import json
@@ -249,9 +249,7 @@ class _Run:
 
 
 def _of_run(record: Record, progress: Progress) -> Record:
-    return dataclasses.replace(
-        record, seconds=round(progress.seconds, 3), peak_memory_bytes=progress.peak_memory_bytes
-    )
+    return dataclasses.replace(record, seconds=round(progress.seconds, 3), peak_memory_bytes=progress.peak_memory_bytes)
 
 
 def _identity(record: Record) -> str:

@@ -81,7 +81,9 @@ class Families:
         if self.row_tokens < 32 or self.step_tokens < self.row_tokens or self.tokens < self.step_tokens:
             raise ConfigError(f"a row has 32 tokens or more, a step a row, a run a step; got {self}")
         if not 0 <= self.pair_share <= 1 or not 0 < self.learning_rate < 1 or self.weight_decay < 0:
-            raise ConfigError(f"pair_share is from 0 to 1, learning_rate between them, weight_decay not less; got {self}")
+            raise ConfigError(
+                f"pair_share is from 0 to 1, learning_rate between them, weight_decay not less; got {self}"
+            )
         rest = self.scored_tokens - self.sync_tokens
         if rest < self.passage_tokens or rest % self.context_tokens or self.scored_tokens % self.passage_tokens:
             raise ConfigError(
@@ -103,7 +105,8 @@ class Families:
             kinds = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
             if name not in known or isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{name} = {value!r} is no setting of [families]; there are {', '.join(known)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**given)
 
     @property
     def rows(self) -> int:

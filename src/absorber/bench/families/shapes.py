@@ -1,4 +1,4 @@
-"""The families, with equal parameters: Mamba's count is what the others are fitted to, by the width of their feed-forward.
+"""The families, with equal parameters: Mamba's count is what the others' feed-forward layers are fitted to.
 
     transformer  Llama: attention and a gated feed-forward
     mamba        Mamba-2: twice as many blocks, which have no feed-forward
@@ -151,4 +151,6 @@ def shape_of(model: Any) -> dict[str, Any]:
     config = model.config
     found = {name: int(value) for name in names if isinstance(value := getattr(config, name, None), int)}
     # Of Mamba it is the width inside a block, not that of a feed-forward.
-    return {name: value for name, value in found.items() if (config.model_type, name) != ("mamba2", "intermediate_size")}
+    return {
+        name: value for name, value in found.items() if (config.model_type, name) != ("mamba2", "intermediate_size")
+    }

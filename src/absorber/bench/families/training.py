@@ -1,8 +1,8 @@
 """Training a family from scratch: one recipe for all, with a checkpoint from which an interrupted run goes on.
 
-AdamW (.9, .95) on float32 weights, gradients clipped at 1, a learning rate that rises and falls. On CUDA products are in
-bfloat16 and a step's passes are recorded as a CUDA graph, because a small recurrent model takes longer to launch than to
-compute; what cannot be recorded runs as usual.
+AdamW (.9, .95) on float32 weights, gradients clipped at 1, a learning rate that rises and falls. On CUDA products are
+in bfloat16 and a step's passes are recorded as a CUDA graph, because a small recurrent model takes longer to launch
+than to compute; what cannot be recorded runs as usual.
 
 Shapes: R rows, T tokens.
 """
@@ -96,9 +96,9 @@ def train(
         BenchmarkError: If the checkpoint cannot be read.
         DivergedError: If the loss is not finite.
     """
-    model = build_family(
-        family, task.size, vocabulary=corpus.vocabulary, positions=task.row_tokens, seed=task.seed
-    ).to(device)
+    model = build_family(family, task.size, vocabulary=corpus.vocabulary, positions=task.row_tokens, seed=task.seed).to(
+        device
+    )
     optimizer, progress = _optimizer(model, task), Progress()
     if path.is_file():
         progress = _load(path, model, optimizer)
@@ -161,8 +161,9 @@ class _Run:
 
     def _step(self) -> Tensor:
         task, progress = self._task, self._progress
-        rows = {"rows": task.rows, "length": task.row_tokens, "pair_share": task.pair_share, "seed": task.seed}
-        ids_RT = self._corpus.batch(progress.step, **rows)
+        ids_RT = self._corpus.batch(
+            progress.step, rows=task.rows, length=task.row_tokens, pair_share=task.pair_share, seed=task.seed
+        )
         progress.data = hashlib.sha256(progress.data.encode() + ids_RT.numpy().tobytes()).hexdigest()[:16]
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(task, progress.step)
@@ -191,7 +192,8 @@ class _Passes:
 
     def __init__(self, backbone: Backbone, say: Callable[[str], None]) -> None:
         self._backbone, self._say, self.device = backbone, say, backbone.device
-        self._calls, self._graph, self._recordable = 0, None, backbone.device.type == "cuda"
+        self._calls, self._recordable = 0, backbone.device.type == "cuda"
+        self._graph: Any = None
         self._ids_RT: Tensor = torch.empty(0)
         self._loss = torch.empty(0)
 

@@ -1,4 +1,4 @@
-"""A small causal language model around a recurrent layer, as transformers would have it: what Llama is around attention.
+"""A small causal language model around a recurrent layer, as transformers would have it: what Llama has attention for.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from absorber.bench.families.delta_layer import DeltaMixer
 from absorber.bench.families.ttt_layer import TTTMixer
@@ -51,6 +50,18 @@ class TrunkConfig:
     def get_text_config(self) -> "TrunkConfig":
         """Itself."""
         return self
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What a call gives; transformers' own classes have changed the name of the cache."""
+
+    last_hidden_state: Tensor
+    """[B, T, D]."""
+    logits: Any = None
+    """[B, T, V]; None from a trunk alone."""
+    cache: Any = None
+    """States, if they were asked for."""
 
 
 class _FeedForward(nn.Module):
@@ -97,15 +108,13 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
 
-    def forward(
-        self, input_ids: Tensor, *, use_cache: bool = False, past_key_values: Any = None
-    ) -> BaseModelOutputWithPast:
+    def forward(self, input_ids: Tensor, *, use_cache: bool = False, cache: Any = None) -> Output:
         """Read rows from their beginning, or with a cache one token after another.
 
         Args:
             input_ids: [B, T].
             use_cache: Whether to go on from states, and to return them.
-            past_key_values: States of an earlier call, which are changed in place.
+            cache: States of an earlier call, which are changed in place.
 
         Raises:
             ModelError: If the layers have no step for a single token.
@@ -115,16 +124,16 @@ class Trunk(nn.Module):
         if not use_cache:
             for block in blocks:
                 hidden_BTD = block(hidden_BTD)
-            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTD))
+            return Output(last_hidden_state=self.norm(hidden_BTD))
         if not hasattr(blocks[0].mixer, "step"):
             raise ModelError(f"{type(blocks[0].mixer).__name__} reads whole rows only; leave use_cache out")
-        states = past_key_values or [block.mixer.fresh(input_ids.shape[0]) for block in blocks]
+        states = cache or [block.mixer.fresh(input_ids.shape[0]) for block in blocks]
         rows = []
         for hidden_BD in hidden_BTD.unbind(1):
             for block, state in zip(blocks, states, strict=True):
                 hidden_BD = block.step(hidden_BD, state)
             rows.append(hidden_BD)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(torch.stack(rows, dim=1)), past_key_values=states)
+        return Output(last_hidden_state=self.norm(torch.stack(rows, dim=1)), cache=states)
 
 
 class TrunkForCausalLM(nn.Module):
@@ -173,10 +182,8 @@ class TrunkForCausalLM(nn.Module):
         """The head."""
         return self.lm_head
 
-    def forward(
-        self, input_ids: Tensor, *, use_cache: bool = False, past_key_values: Any = None
-    ) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor, *, use_cache: bool = False, cache: Any = None) -> Output:
         """Logits of the tokens that follow; arguments as for `Trunk.forward`."""
-        output = self.model(input_ids, use_cache=use_cache, past_key_values=past_key_values)
-        logits = self.lm_head(output.last_hidden_state)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        output = self.model(input_ids, use_cache=use_cache, cache=cache)
+        output.logits = self.lm_head(output.last_hidden_state)
+        return output  # type: ignore[no-any-return]

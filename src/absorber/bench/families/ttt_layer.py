@@ -1,4 +1,4 @@
-"""TTT-Linear and TTT-MLP: layers whose state is a small model that is trained while the text goes by (arXiv 2407.04620).
+"""TTT-Linear and TTT-MLP: layers whose state is a small model that learns while text goes by (arXiv 2407.04620).
 
 Each head has a model f that learns to reconstruct a token's value from its key, and is read with the query:
 
@@ -7,17 +7,18 @@ Each head has a model f that learns to reconstruct a token's value from its key,
     loss_t = 1/2 |f(k_t) - v_t|^2
     W_t = W_start - c_i * sum over s <= t of rate_s * gradient of loss_s at W_start,        output_t = f(q_t; W_t)
 
-W_start is that at the beginning of t's mini-batch of 16 tokens, i is t's place in it, c_i = 1 / i plus a learned number,
-and rate_s = sigmoid(a learned map of token s) / K. The next mini-batch starts with the last W_t. The first W is learned.
+W_start is that at the beginning of t's mini-batch of 16 tokens, i is t's place in it, c_i = 1 / i plus a learned
+number, and rate_s = sigmoid(a learned map of token s) / K. The next mini-batch starts with the last W_t. The first W
+is learned.
 
-`forward` is the dual form: within a mini-batch no W_t is made, since q_t W_t = q_t W_start - c_i sum rate_s (q_t k_s) g_s.
-Only what the next mini-batch needs is computed one after another; what is read from them is computed for all at once.
+`forward` is the dual form: within a mini-batch no W_t is made, since q_t W_t = q_t W_start - c_i sum rate_s (q_t k_s)
+g_s. Only what the next mini-batch needs is computed one after another, and what is read from them for all at once.
 `step` is the primal form for one token, whose state has a fixed size.
 
-What differs from the paper: keys and queries get a short causal convolution each, as in its Mamba backbone, and no rotary
-positions within a mini-batch; the block around it is the same as that of the other families.
+What differs from the paper: keys and queries get a short causal convolution each, as in its Mamba backbone, and no
+rotary positions within a mini-batch; the block around it is the same as that of the other families.
 
-Shapes: B rows, T tokens, D hidden, H heads, K width of a head, E inner width, N mini-batches, L tokens of one, G = B * H.
+Shapes: B rows, T tokens, D hidden, H heads, K width of a head, N mini-batches, L tokens of one, G = B * H.
 """
 
 from typing import Any
@@ -81,7 +82,7 @@ class TTTMixer(nn.Module):
         return split.permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
 
     def _joined(self, read_NGLK: Tensor, num_tokens: int) -> Tensor:
-        split = read_NGLK.unflatten(1, (-1, self.heads))
+        split = read_NGLK.view(read_NGLK.shape[0], -1, self.heads, *read_NGLK.shape[2:])
         return split.permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)[:, :num_tokens]
 
     @property
@@ -106,7 +107,9 @@ class TTTMixer(nn.Module):
             inputs, gradients = _gradients(key_GLK, target_GLK, weights, biases, *norms)
             kept.append([*weights, *biases, *inputs[1:], *gradients])
             moves = [step_GL1 * gradient for gradient in gradients]
-            weights = [torch.baddbmm(w, x.mT, move, alpha=-1) for w, x, move in zip(weights, inputs, moves, strict=True)]
+            weights = [
+                torch.baddbmm(w, x.mT, move, alpha=-1) for w, x, move in zip(weights, inputs, moves, strict=True)
+            ]
             biases = [b - move.sum(dim=1, keepdim=True) for b, move in zip(biases, moves, strict=True)]
         stacked = [torch.stack(parts) for parts in zip(*kept, strict=True)]
         depth = len(weights)
