@@ -125,6 +125,10 @@ def test_scored_text_is_kept_out_of_training(books, tmp_path):
     hidden = trained | {"other_title": trained["book_0"] + scored[0][1].replace("\n", " ").upper()}
     with pytest.raises(BenchmarkError, match=f"{scored[0][0]} is among the training text, in other_title"):
         check_apart(hidden, scored)
+    mixed = write_books(tmp_path / "mixed")
+    (mixed / "novels_train" / "new.txt").write_text((mixed / "novels" / "book_1.txt").read_text())
+    with pytest.raises(BenchmarkError, match="book_1 is among the training text, in new"):
+        read_corpus(mixed, tmp_path, vocabulary=300, split="report")
     with pytest.raises(BenchmarkError, match="no novels_train"):
         read_corpus(tmp_path, tmp_path, vocabulary=300, split="report")
 

@@ -181,12 +181,14 @@ def _trained(texts: Sequence[str] | Any, vocabulary: int) -> Any:
 
 
 def _encoded(core: Any, texts: Any) -> Any:
+    kind = np.uint16 if core.get_vocab_size() <= 2**16 else np.int32
+
     def parts() -> Iterator[Any]:
         for text in texts:
-            yield np.array([SEPARATOR], dtype=np.int32)
+            yield np.array([SEPARATOR], dtype=kind)
             pieces = cut([text])
             while some := list(itertools.islice(pieces, 256)):
                 for encoding in core.encode_batch(some, add_special_tokens=False):
-                    yield np.array(encoding.ids, dtype=np.int32)
+                    yield np.array(encoding.ids, dtype=kind)
 
     return np.concatenate(list(parts()))

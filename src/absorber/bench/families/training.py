@@ -106,6 +106,7 @@ def train(
         run = _Run(task, family, corpus, model, optimizer, progress, path, say, on_point)
         with _quick_products(inspect(model)):
             run.go_on(deadline)
+        del run  # with the memory of a recorded step
     optimizer.zero_grad()
     make_room(device)
     return Trained(model.eval().requires_grad_(False), progress)

@@ -21,6 +21,8 @@ rotary positions within a mini-batch; the block around it is the same as that of
 Shapes: B rows, T tokens, D hidden, H heads, K width of a head, N mini-batches, L tokens of one, G = B * H.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -182,7 +184,8 @@ def _gradients(
     if len(weights) == 2:
         inputs.append(functional.gelu(between, approximate="tanh"))
         states = torch.baddbmm(biases[1], inputs[1], weights[1])
-    last = _norm_gradient(states, target_GLK, norm_weight, norm_bias)
+    slope = (fused("cuda") if states.is_cuda else None) or _norm_gradient
+    last = slope(states, target_GLK, norm_weight, norm_bias)
     if len(weights) == 1:
         return inputs, [last]
     return inputs, [(last @ weights[1].mT) * _gelu_slope(between), last]
@@ -196,6 +199,24 @@ def _norm_gradient(states: Tensor, target: Tensor, weight: Tensor, bias: Tensor)
     slope = (normal * weight + bias - target) * weight
     mean, along = slope.mean(dim=-1, keepdim=True), (slope * normal).mean(dim=-1, keepdim=True)
     return (slope - mean - normal * along) * scale
+
+
+@functools.cache
+def fused(device: str) -> Callable[..., Tensor] | None:
+    """`_norm_gradient` compiled to one kernel each way, since small kernels in a row are most of a pass on a GPU.
+
+    Returns:
+        The function; None where it cannot be compiled.
+    """
+    compiled = torch.compile(_norm_gradient, dynamic=False)
+    states = torch.ones(2, 16, 64, device=device).cumsum(dim=-1).requires_grad_()
+    weight = torch.ones(2, 1, 64, device=device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            compiled(states, states.detach(), weight, weight).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:  # whatever compilers raise where a part of them is missing
+        return None
+    return compiled
 
 
 def _normalized(states: Tensor) -> Tensor:
