@@ -14,7 +14,7 @@ from absorber.bench.families.corpus import Corpus, read_corpus
 from absorber.bench.families.measuring import Measured, Scored, measure_family, measure_method, prepare
 from absorber.bench.families.settings import Families
 from absorber.bench.families.shapes import FAMILIES, count_parameters, shape_of
-from absorber.bench.families.training import Progress, Stopped, Trained, speed_of, train
+from absorber.bench.families.training import Progress, Stopped, Trained, quick_products, speed_of, train
 from absorber.bench.methods import METHODS, Method
 from absorber.bench.records import Record, append_records, environment, mean_interval, read_records
 from absorber.bench.runner import Listener
@@ -136,25 +136,29 @@ class _Run:
         family = name if name in FAMILIES else _BASE
         trained = self._trained(family, lambda step: self.listener.on_round(name, step))
         self.say(f"{name}: scoring")
+        with quick_products():
+            measured = self._measured(name, trained)
+        config, records = own_config, []
         if name in FAMILIES:
-            measured = measure_family(self._task, trained.model, self._texts)
             config = {"shape": shape_of(trained.model), "data": trained.progress.data}
             records = self._of_training(name, config, trained)
-        else:
-            measured = measure_method(
-                self._task,
-                self._methods[name],
-                trained.model,
-                self._texts,
-                self._corpus.tokenizer,
-                on_round=lambda number: self.listener.on_round(name, number),
-            )
-            config, records = own_config, []
         records += self._of_measuring(name, config, measured)
         append_records(self._place.output, records)
         self.say(f"{name}: {self._summary(measured)}, {measured.seconds:.0f} s of scoring")
         self.listener.on_method(name, records)
         return records
+
+    def _measured(self, name: str, trained: Trained) -> Measured:
+        if name in FAMILIES:
+            return measure_family(self._task, trained.model, self._texts)
+        return measure_method(
+            self._task,
+            self._methods[name],
+            trained.model,
+            self._texts,
+            self._corpus.tokenizer,
+            on_round=lambda number: self.listener.on_round(name, number),
+        )
 
     def _trained(self, family: str, on_point: Callable[[int], None]) -> Trained:
         key = self._task.training_key(self._corpus.digest)

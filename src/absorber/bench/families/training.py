@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ def train(
         progress = _load(path, model, optimizer)
     if progress.step < task.num_steps:
         run = _Run(task, family, corpus, model, optimizer, progress, path, say, on_point)
-        with _quick_products(inspect(model)):
+        # A mask would have to be looked at, which a step that is recorded cannot do.
+        maskless = without_masks(inspect(model)) if is_plain(inspect(model)) else contextlib.nullcontext()
+        with quick_products(), maskless:
             run.go_on(deadline)
         del run  # with the memory of a recorded step
     optimizer.zero_grad()
@@ -247,13 +249,12 @@ def learning_rate(task: Families, step: int) -> float:
 
 
 @contextlib.contextmanager
-def _quick_products(backbone: Backbone) -> Any:
-    """Products of float32 in TF32, and no look at values for a mask; afterwards all is as it was."""
+def quick_products() -> Iterator[None]:
+    """Products of float32 in TF32 inside the `with` block, on devices that have it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with without_masks(backbone) if is_plain(backbone) else contextlib.nullcontext():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
