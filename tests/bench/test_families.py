@@ -182,6 +182,18 @@ def test_every_family_learns(corpus, tmp_path, family):
     assert losses[-1][1] < losses[0][1] - 0.5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on CUDA")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_step_learns_what_a_usual_one_does(corpus, tmp_path, family, monkeypatch):
+    task, said, device = dataclasses.replace(TASK, tokens=256 * 12), [], torch.device("cuda")
+    recorded = train(task, family, corpus, device=device, path=tmp_path / "recorded.pt", say=said.append)
+    assert not any("cannot be recorded" in line for line in said)
+    monkeypatch.setattr("absorber.bench.families.training._WARM_UPS", 10**9)
+    usual = train(task, family, corpus, device=device, path=tmp_path / "usual.pt")
+    for (step, loss), (_, expected) in zip(recorded.progress.losses, usual.progress.losses, strict=True):
+        assert loss == pytest.approx(expected, abs=0.02), step
+
+
 def test_the_learning_rate_rises_and_falls():
     task = dataclasses.replace(TASK, tokens=256 * 100, learning_rate=1.0 - 1e-9)
     rates = [learning_rate(task, step) for step in range(task.num_steps)]

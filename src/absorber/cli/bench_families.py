@@ -41,7 +41,7 @@ def families(
         size: tiny, 3m or 30m: parameters with embeddings.
         tokens: Training tokens of each family.
         learning_rate: Peak of the optimizer's.
-        seconds: No training step is begun after so many; run it again to go on.
+        seconds: Training ends at the first point of its curve after so many; run it again to go on.
         seed: Of weights, order and streams.
         config: TOML file with a table [families] for all other settings (row_tokens, step_tokens, pair_share,
             scored_tokens, distances, ...), [absorb], and one for any other method.

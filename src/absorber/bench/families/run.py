@@ -73,7 +73,7 @@ def run_families(
         place: Files and folders.
         device: Where it runs.
         methods: The methods by name.
-        seconds: No training step is begun after so many; the run can be gone on with.
+        seconds: Training ends at the first point of its curve after so many; the run can be gone on with.
         listener: Whom to tell.
 
     Returns:

@@ -89,7 +89,7 @@ def train(
         path: The checkpoint.
         say: Told how it goes, with the time left.
         on_point: Called with the steps done, at each point of the curve.
-        deadline: Time of `time.monotonic` after which no step is begun.
+        deadline: Time of `time.monotonic` after which training ends at the next point of its curve.
 
     Raises:
         Stopped: If the deadline was passed.
