@@ -1,7 +1,7 @@
 """`absorber bench families`: sequence models trained from scratch on the same text, and measured alike."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absorber.cli.bench_run import listener, read_tables, show_rows
 from absorber.cli.console import Output
@@ -10,6 +10,7 @@ from absorber.cli.options import JsonFlag
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from absorber.bench.methods import Method
     from absorber.bench.records import Record
 
 
@@ -51,7 +52,6 @@ def families(
     report = Output(json_lines=json)
     from absorber.bench.families.run import Place, check_names, run_families
     from absorber.bench.families.settings import Families
-    from absorber.bench.methods import METHODS
     from absorber.cli.opening import quiet_libraries
     from absorber.models import choose_device
 
@@ -59,14 +59,14 @@ def families(
     tables = read_tables(config)
     flags = {"size": size, "tokens": tokens, "learning_rate": learning_rate, "seed": seed}
     task = Families.from_table(flags | tables.get("families", {}))
-    settings = tables | {"absorber": tables.get("absorb", {}) | tables.get("absorber", {})}
-    methods = {name: method.replace(**settings.get(name, {})) for name, method in METHODS.items()}
+    methods = _changed(tables)
     quiet_libraries()
     failures: list[str] = []
+    place = Place(data_dir, output, checkpoints)
     records = run_families(
         task,
         names,
-        Place(data_dir, output, checkpoints),
+        place,
         device=choose_device(device),
         methods=methods,
         seconds=seconds,
@@ -75,6 +75,14 @@ def families(
     show_families(report, records)
     report.event("done", num_records=len(records), failures=failures, output=str(output))
     return 0 if not failures else 1
+
+
+def _changed(tables: dict[str, Any]) -> "dict[str, Method]":
+    """The methods, with what a settings file changes."""
+    from absorber.bench.methods import METHODS
+
+    settings = tables | {"absorber": tables.get("absorb", {}) | tables.get("absorber", {})}
+    return {name: method.replace(**settings.get(name, {})) for name, method in METHODS.items()}
 
 
 def show_families(report: Output, records: "Sequence[Record]") -> None:
