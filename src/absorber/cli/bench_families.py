@@ -59,7 +59,6 @@ def families(
     tables = read_tables(config)
     flags = {"size": size, "tokens": tokens, "learning_rate": learning_rate, "seed": seed}
     task = Families.from_table(flags | tables.get("families", {}))
-    methods = _changed(tables)
     quiet_libraries()
     failures: list[str] = []
     place = Place(data_dir, output, checkpoints)
@@ -68,7 +67,7 @@ def families(
         names,
         place,
         device=choose_device(device),
-        methods=methods,
+        methods=_changed(tables),
         seconds=seconds,
         listener=listener(report, "family", failures),
     )
