@@ -8,6 +8,7 @@ from torch.utils.flop_counter import flop_registry
 from absorber.backbone import inspect
 from absorber.bench import speed
 from absorber.bench.cost import Cost, step_flops
+from absorber.bench.families.trunk import TrunkForCausalLM
 from absorber.bench.geometry import GEOMETRIES, build_geometry, geometry_config
 from absorber.bench.latency import Latency
 from absorber.bench.records import read_records
@@ -76,13 +77,15 @@ def test_windows_do_not_grow():
     assert [task.window(length) for length in (5, 19, 20, 24, 1000)] == [5, 19, 20, 20, 20]
 
 
-def test_mamba_has_no_window(sheet):
-    backbone = inspect(build_geometry("mamba-tiny", device="cpu", dtype="float32"))
+@pytest.mark.parametrize("family", ["mamba", "ttt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_has_a_state_has_no_window(sheet, family, dtype):
+    backbone = inspect(build_geometry(f"{family}-tiny", device="cpu", dtype=dtype))
     done = sheet()
     done.fill(Latency(lengths=(12,), batches=(1,), **SMALL).cells(backbone))
     assert {(record.method, record.metric) for record in done.records} == {
-        ("mamba", "ms_per_token"),
-        ("mamba", "recorded"),
+        (family, "ms_per_token"),
+        (family, "recorded"),
     }
     with pytest.raises(BenchmarkError, match="cannot be measured"):
         list(Latency(**SMALL).cells(backbone, ("absorber",)))
@@ -179,6 +182,10 @@ def test_bad_numbers(change):
 
 def test_geometries():
     sizes = {"llama2-7b": 6.738e9, "smollm2-135m": 1.345e8, "mamba-2.8b": 2.768e9, "mamba-130m": 1.29e8}
+    for name, size in {"ttt-7b": 6.738e9, "ttt-1.3b": 1.3e9}.items():
+        with torch.device("meta"):
+            model = TrunkForCausalLM(geometry_config(name))
+        assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(size, rel=0.03)
     for name, size in sizes.items():
         with torch.device("meta"):
             model = __import__("transformers").AutoModelForCausalLM.from_config(geometry_config(name))

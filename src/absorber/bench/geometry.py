@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
+from absorber.bench.families.trunk import TrunkConfig, TrunkForCausalLM
 from absorber.errors import ConfigError, DeviceMemoryError
 from absorber.models import choose_device, choose_dtype
 
@@ -34,6 +35,18 @@ def _mamba(hidden: int, layers: int, vocabulary: int, **more: Any) -> Any:
     return MambaConfig(hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocabulary, **more)
 
 
+def _ttt(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> Any:
+    return TrunkConfig(
+        mixer="ttt-linear",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+    )
+
+
 GEOMETRIES = {
     "llama2-7b": lambda: _llama(4096, 11008, 32, 32, 32, 32000),
     "smollm2-135m": lambda: _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
@@ -41,8 +54,12 @@ GEOMETRIES = {
     "mamba-2.8b": lambda: _mamba(2560, 64, 50280),
     "mamba-130m": lambda: _mamba(768, 24, 50280),
     "mamba-tiny": lambda: _mamba(32, 2, 257, state_size=4),
+    "ttt-7b": lambda: _ttt(4096, 9600, 32, 64, 32000),
+    "ttt-1.3b": lambda: _ttt(2048, 4480, 24, 32, 32000),
+    "ttt-tiny": lambda: _ttt(32, 64, 2, 4, 257),
 }
-"""Configurations by name; arXiv 2307.09288, 2502.02737 and 2312.00752."""
+"""Configurations by name; arXiv 2307.09288, 2502.02737 and 2312.00752. TTT-Linear (arXiv 2407.04620) has hidden size,
+blocks and vocabulary of its 1.3B model and of LLaMA2-7B, heads of 64, and a feed-forward that makes it as large."""
 
 
 def geometry_config(name: str) -> Any:
@@ -74,7 +91,7 @@ def build_geometry(name: str, *, device: str = "auto", dtype: str = "auto") -> A
     try:
         with torch.random.fork_rng(devices=devices), place:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = _from_config(config, kind)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(f"{name} does not fit on {place}: {error}. Choose a smaller geometry") from error
     model.config._name_or_path = name
@@ -88,4 +105,15 @@ def blank_geometry(name: str) -> Any:
         ConfigError: If there is no such geometry.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(geometry_config(name))
+        return _from_config(geometry_config(name), torch.get_default_dtype())
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(config, TrunkConfig):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return TrunkForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)

@@ -5,7 +5,7 @@
     truncation         the window alone: the same decoder without a memory
     full               everything in the cache, which is of fixed size and read by a recorded step
     full-eager         everything in the cache of transformers, which grows; filled with random numbers
-    mamba              a state space model, whose state does not depend on N
+    mamba, ttt         a state space model or TTT-Linear, whose state does not depend on N
     absorber-round     one round: what absorbing n tokens takes (N is the window)
     absorber-parts     the passes that a round and an answer are made of
 
@@ -48,6 +48,7 @@ METHODS = (
     "full",
     "full-eager",
     "mamba",
+    "ttt",
 )
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 """N, if nobody says otherwise."""
@@ -119,7 +120,8 @@ class Latency:
         Raises:
             BenchmarkError: If there is no such method, or the model cannot do it.
         """
-        able = [name for name in METHODS if (name != "mamba") == usable(backbone)]
+        own = "ttt" if "ttt" in backbone.model.config.model_type else "mamba"
+        able = [name for name in METHODS if name not in ("mamba", "ttt")] if usable(backbone) else [own]
         unknown = sorted(set(methods) - set(able))
         if unknown:
             raise BenchmarkError(f"{', '.join(unknown)} cannot be measured with this model; it has {', '.join(able)}")
@@ -152,9 +154,9 @@ class Desk:
                 yield Cell(method, window, config | more, self._keeping(partial(self.round, checkpointing)))
         elif method == "absorber-parts":
             yield Cell(method, window, config, self._keeping(self.parts))
-        elif method == "mamba":
+        elif method in ("mamba", "ttt"):
             for length in task.lengths:
-                yield Cell(method, length, config | {"tokens_read": _MAMBA_PREFIX}, self.mamba)
+                yield Cell(method, length, config | {"tokens_read": _MAMBA_PREFIX}, self.recurrent)
         elif method != "absorber-merged" or self._batch == 1:
             for length in task.lengths:
                 yield Cell(method, length, config, self._of_length(method, length))
@@ -285,7 +287,7 @@ class Desk:
         return [Figure("ms_per_token", tuple(each / _EAGER_TOKENS for each in taken), "ms")]
 
     @torch.no_grad()
-    def mamba(self) -> list[Figure]:
+    def recurrent(self) -> list[Figure]:
         """One token after a short prefix: the state has the same size after any number of tokens."""
         model = self._backbone.model
         output = model(self.tokens(_MAMBA_PREFIX), use_cache=True)

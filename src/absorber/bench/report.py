@@ -7,6 +7,7 @@ from pathlib import Path
 from absorber.bench.records import Record, model_label, read_records
 from absorber.bench.report_cost import cost_figure, cost_table
 from absorber.bench.report_curves import curves
+from absorber.bench.report_families import family_tables
 from absorber.bench.report_layout import Gallery, Report, Section, Table
 from absorber.bench.report_missing import TASKS, gaps, matrix
 from absorber.bench.report_paper import ablated_tables, printed_tables
@@ -97,7 +98,7 @@ def _of_task(task: str, records: Sequence[Record]) -> Section:
     text = [f"{asks[:1].upper()}{asks[1:]}.{_LAST if task in BY_ROUND else ''}"] if asks else []
     section = Section(f"task-{task}", f"Task: {task}", text)
     for group in groups(records):
-        made = tables(group.records)
+        made = family_tables(group.records) if task == "families" else tables(group.records)
         for place, table in enumerate(made):
             title = " — ".join(part for part in (group.title, table.title) if part)
             notes = [*table.notes, *([group.caption] if place == len(made) - 1 else [])]

@@ -57,7 +57,12 @@ def curves(records: Sequence[Record]) -> list[Gallery]:
     shown, found = _worth_drawing(totals_only(records)), []
     by_round = records[0].task in BY_ROUND
     ages = [name for name in dict.fromkeys(name for record in shown for name in place_of(record)) if name == "age"]
-    if ages:
+    if records[0].task == "families":
+        trained = [record for record in records if record.metric == "train_nll"]
+        measured = [record for record in records if record.metric in ("nll", "recall_exact")]
+        found.append(_gallery("Training", trained, "round", "optimizer steps"))
+        found.append(_gallery("Beyond the training length", measured, "context_length", "tokens read, or in between"))
+    elif ages:
         found.append(_gallery("By rounds since it was absorbed", _last(shown), "age", "rounds since absorbed"))
     elif by_round:
         saved = _saved(records)

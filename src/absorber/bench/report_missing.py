@@ -17,6 +17,7 @@ TASKS = {
     "summary": "summaries of dialogues that left the window",
     "latency": "milliseconds per token after a context, with and without the cost of absorbing, and peak memory",
     "cost": "tokens absorbed per second, against what the device could do",
+    "families": "a transformer, a Mamba, an RNN and a TTT model of equal size, trained from scratch on the same text",
     "ablation": "one choice of the method changed at a time",
 }
 """What each task asks, by its name, in the order of the report."""
@@ -30,9 +31,9 @@ DATA: dict[str, tuple[str, ...]] = {
 }
 """What each task can be run on, by its name."""
 
-_PROTOCOL = ("mamba", "rwkv", "snapkv", "kvzip")
-UNBUILT = tuple(name for name in _PROTOCOL if name not in METHODS and name not in OUTSIDE)
-"""Methods that the protocol names and that are not built here."""
+FROM_SCRATCH = {"mamba": "mamba", "rwkv": "rnn"}
+"""Methods that the protocol names and for which no pretrained weights of the backbone's size are had, and the families
+that stand in for them, trained from scratch."""
 
 _FEWEST_SEEDS = 3
 
@@ -41,11 +42,10 @@ def matrix(records: Sequence[Record]) -> Table:
     """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods."""
     own = [record for record in records if record.task != "ablation"]
     tasks = dict.fromkeys([*(task for task in TASKS if task != "ablation"), *(record.task for record in own)])
-    methods = dict.fromkeys([*METHODS, *OUTSIDE, *(record.method for record in own), *UNBUILT])
+    methods = dict.fromkeys([*METHODS, *OUTSIDE, *(record.method for record in own), *FROM_SCRATCH])
     rows = []
     for method in methods:
-        is_built = method not in UNBUILT or any(record.method == method for record in own)
-        cells = [words(method if is_built else f"{method} (not built)")]
+        cells = [words(method)]
         for task in tasks:
             count = sum((record.task, record.method) == (task, method) for record in own)
             cells.append(Cell(f"{count} records", is_number=True) if count else NOT_RUN)
@@ -70,6 +70,7 @@ def gaps(records: Sequence[Record]) -> list[str]:
         few = [f"{method} ({len(own)})" for method, own in seeds.items() if len(own) < _FEWEST_SEEDS]
         if few:
             found.append(f"Task {task} with {_FEWEST_SEEDS} seeds or more: not run; seeds there are: {', '.join(few)}.")
+    found.append(_stand_ins(records))
     ablated = {(record.config["table"], record.config["variant"]) for record in _of(records, "ablation")}
     for name, table in TABLES.items():
         missing = [variant for variant in table.variants if (name, variant) not in ablated]
@@ -77,6 +78,19 @@ def gaps(records: Sequence[Record]) -> list[str]:
             some = "" if len(missing) == len(table.variants) else f", {', '.join(missing)}"
             found.append(f"Ablation {name}{some}: not run.")
     return found
+
+
+def _stand_ins(records: Sequence[Record]) -> str:
+    """Say what compares models of other families with a transformer."""
+    trained = {record.method for record in _of(records, "families")}
+    there = [f"{family} for {method}" for method, family in FROM_SCRATCH.items() if family in trained]
+    missing = [f"{method} (by {family})" for method, family in FROM_SCRATCH.items() if family not in trained]
+    parts = [f"families trained from scratch stand in, {', '.join(there)}"] if there else []
+    parts += [f"not run from scratch either: {', '.join(missing)}"] if missing else []
+    return (
+        f"{', '.join(FROM_SCRATCH)} on the tasks with the pretrained backbone: not run, for no weights of comparable "
+        f"size were had; {'; '.join(parts)}."
+    )
 
 
 def _of(records: Sequence[Record], task: str) -> list[Record]:

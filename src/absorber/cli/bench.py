@@ -8,6 +8,7 @@ from cyclopts import App
 from absorber.cli.bench_ablation import ablation, show_ablation
 from absorber.cli.bench_all import all_
 from absorber.cli.bench_answers import icl, reasoning, show_answers, summary
+from absorber.cli.bench_families import families, show_families
 from absorber.cli.bench_recall import recall, show_recall
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.bench_speed import cost, latency, show_speed
@@ -27,6 +28,7 @@ app.command(cost)
 app.command(icl)
 app.command(reasoning)
 app.command(summary)
+app.command(families)
 
 
 @app.command
@@ -104,6 +106,7 @@ def table(*files: Path, picture: Path | None = None, kind: str = "books", json: 
     show_answers(report, found)
     show_ablation(report, found)
     show_speed(report, found)
+    show_families(report, found)
     return 0
 
 

@@ -81,13 +81,21 @@ def choose_methods(names: Sequence[str], tables: dict[str, Any]) -> "dict[str, M
     return {name: way.replace(**settings.get(name, {})) for name, way in chosen.items()}
 
 
-def listener(report: Output, what: str) -> "Listener":
-    """Tell the user how a run goes; `what` is what its events call the things that are measured."""
+def listener(report: Output, what: str, failures: list[str] | None = None) -> "Listener":
+    """Tell the user how a run goes.
+
+    Args:
+        report: Where the words go.
+        what: What events call the things that are measured.
+        failures: Takes the names of those that failed.
+    """
     from absorber.bench.runner import Listener
 
     def on_failure(name: str, error: Exception) -> None:
         report.event("failed", **{what: name}, type=type(error).__name__, message=str(error))
         report.say(f"{name} failed: {error}")
+        if failures is not None:
+            failures.append(name)
 
     return Listener(
         say=report.say,
