@@ -192,7 +192,9 @@ def test_more_streams_take_more():
     assert eight.adapter == 8 * one.adapter
     assert eight.cache == 8 * one.cache
     preset = Preset(absorb=AbsorbConfig(), stream=StreamConfig())
-    assert absorb_ms(shape, preset, LARGE, num_streams=8) == pytest.approx(8 * absorb_ms(shape, preset, LARGE))
+    assert absorb_ms(shape, preset, LARGE, weight_bytes=2, num_streams=8) == pytest.approx(
+        8 * absorb_ms(shape, preset, LARGE, weight_bytes=2)
+    )
 
 
 def test_something_that_is_no_language_model():
@@ -200,3 +202,20 @@ def test_something_that_is_no_language_model():
 
     with pytest.raises(ModelError, match="no causal language model"):
         shape_of(ViTConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "num_streams", "flops", "measured"),
+    [
+        ("llama2-7b", {}, 1, 761e12, 2.456),
+        ("llama2-7b", {"checkpointing": True}, 1, 761e12, 3.352),
+        ("smollm2-135m", {"max_steps": 8}, 24, 789e12, 2.692),
+    ],
+)
+def test_a_round_takes_nearly_what_was_measured(name, changes, num_streams, flops, measured, monkeypatch):
+    """Milliseconds a token on one H100 (records/latency, records/cost), which the estimate is fitted to."""
+    monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
+    shape, rates = shape_of(geometry_config(name)), Rates(flops=flops, bandwidth=2.95e12)
+    preset = Preset(absorb=AbsorbConfig(**changes), stream=StreamConfig())
+    estimate = absorb_ms(shape, preset, rates, weight_bytes=2, num_streams=num_streams)
+    assert estimate == pytest.approx(measured, rel=0.15)

@@ -25,10 +25,15 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 SPARE = 0.9
 """Share of a device's memory that a plan uses; the allocator loses some of the rest."""
-STEP_EFFICIENCY = 0.4
-"""Share of its matmul rate that a device is assumed to reach in a step; not measured."""
-READ_EFFICIENCY = 0.75
-"""Share of its bandwidth that it is assumed to reach when it writes a token; not measured."""
+STEP_EFFICIENCY = 0.95
+"""Share of its matmul rate that a device is assumed to reach in the products of a step."""
+READ_EFFICIENCY = 0.95
+"""Share of its bandwidth that it is assumed to reach when it writes a token."""
+_TOUCHES = 7.5
+"""How often a pass reads or writes the bytes that a step keeps of a block. These three are fitted to rounds of LLaMA2-7B
+and SmolLM2-135M geometry on one H100 (docs/performance.md)."""
+_OPTIMIZER_BYTES = 36
+"""Read and written for a weight in a step of AdamW, clipping included."""
 
 # Bytes of a projection's weight; 4bit has a float32 for each 64 of them (bitsandbytes).
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
@@ -217,19 +222,35 @@ def _block_bytes(shape: Shape, weight_bytes: int, rank: int, *, fused: bool) -> 
     return weight_bytes * (numbers + shape.intermediate) + 2 * 4 * shape.hidden
 
 
-def absorb_ms(shape: Shape, preset: Preset, rates: Rates, *, num_streams: int = 1) -> float:
+def absorb_ms(
+    shape: Shape,
+    preset: Preset,
+    rates: Rates,
+    *,
+    weight_bytes: int,
+    num_streams: int = 1,
+    device: str = "cuda",
+) -> float:
     """Estimate the time of a round, by token that it absorbs in each stream.
 
     Counted: K steps of two operations per weight and token forward and as many backward, and once more forward if
-    blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round.
-    Study is not.
+    blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round; the
+    last look; for each of these passes the activations that are read and written, and for each step the optimizer's
+    state. Study is not.
     """
     config, stream = preset.absorb, preset.stream
     weights = shape.projection_weights + shape.hidden * shape.vocabulary
-    passes = 3 if config.checkpointing else 2
     taught = 1 + (config.replay_share * config.replay_rounds > 0) + config.has_anchors
-    tokens = config.max_steps * passes * stream.sync_tokens + taught * stream.window_tokens + stream.sync_tokens
-    seconds = 2 * weights * tokens * num_streams / (STEP_EFFICIENCY * rates.flops)
+    # Passes over a token: forward, and a backward pass counts as two of reading and writing, as one of products.
+    once = taught * stream.window_tokens + stream.sync_tokens
+    steps = config.max_steps * stream.sync_tokens
+    products = once + (3 if config.checkpointing else 2) * steps
+    moved = once + (4 if config.checkpointing else 3) * steps
+    block = _block_bytes(shape, weight_bytes, config.adapter_rank, fused=kernels.usable_on(device))
+    optimizer = config.max_steps * shape.projection_features * config.adapter_rank * _OPTIMIZER_BYTES
+    flops = 2 * weights * products
+    num_bytes = _TOUCHES * block * shape.num_layers * moved + optimizer
+    seconds = num_streams * (flops / (STEP_EFFICIENCY * rates.flops) + num_bytes / rates.bandwidth)
     return 1000 * seconds / stream.context_tokens
 
 
@@ -281,7 +302,7 @@ def plan(
             num_streams=num_streams,
             device=device,
         )
-        taken = absorb_ms(shape, preset, rates, num_streams=num_streams)
+        taken = absorb_ms(shape, preset, rates, weight_bytes=weight_bytes, num_streams=num_streams, device=device)
         smallest, quickest = min(smallest, need.total), max(quickest, 1000 / taken)
         if need.total > SPARE * memory_bytes or taken * rate > 1000:
             continue

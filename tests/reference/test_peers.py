@@ -20,12 +20,9 @@ def setting(backbone, *, num_streams=1):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "rates"), [("temp-lora", (0.25, 0.5)), ("temp-lora-16", None)])
+@pytest.mark.parametrize(("name", "rates"), [("temp-lora", (1.0, 1.0)), ("temp-lora-16", None)])
 def test_temp_lora_is_a_plain_training_loop(name, rates, model, backbone):
-    """Next-token loss on what stays in the window, AdamW begun anew in each round, after three rounds.
-
-    The two steps of temp-lora are over before a warm-up of three, so that they have a quarter and a half of its rate.
-    """
+    """Next-token loss on what stays in the window, AdamW begun anew in each round, after three rounds."""
     method = METHODS[name]
     config = method.absorb_config
     text = torch.randint(1, 257, (1, M + ROUNDS * N), generator=torch.Generator().manual_seed(3))
