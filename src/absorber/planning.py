@@ -30,8 +30,8 @@ STEP_EFFICIENCY = 0.95
 READ_EFFICIENCY = 0.95
 """Share of its bandwidth that it is assumed to reach when it writes a token."""
 _TOUCHES = 7.5
-"""How often a pass reads or writes the bytes that a step keeps of a block. These three are fitted to rounds of LLaMA2-7B
-and SmolLM2-135M geometry on one H100 (docs/performance.md)."""
+"""How often a pass reads or writes the bytes that a step keeps of a block. These three are fitted to rounds of
+LLaMA2-7B and SmolLM2-135M geometry on one H100 (docs/performance.md)."""
 _OPTIMIZER_BYTES = 36
 """Read and written for a weight in a step of AdamW, clipping included."""
 
