@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from absorber import AbsorbConfig, ConfigError, ModelError
-from absorber.adapter import Adapter, add_low_rank
+from absorber.adapter import Adapter
+from absorber.low_rank import add_low_rank
 
 CONFIG = AbsorbConfig(rank=3)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from absorber import kernels, kernels_text
-from absorber.adapter import Adapter, add_low_rank
+from absorber.adapter import Adapter
 from absorber.backbone import checkpointed, forward_states, inspect, untouched
 from absorber.config import AbsorbConfig
 from absorber.fused_text import fused, gated, rotate
+from absorber.low_rank import add_low_rank
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from absorber import kernels, synchronization
-from absorber.adapter import add_low_rank
+from absorber.low_rank import add_low_rank
 from absorber.synchronization import weighted_losses
 
 pytest.importorskip("triton")

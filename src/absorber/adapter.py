@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from absorber import kernels
 from absorber.backbone import Backbone, base_name, num_features
 from absorber.config import AbsorbConfig
 from absorber.errors import ConfigError, MemoryFileError, MemoryMismatchError, ModelError
+from absorber.low_rank import add_low_rank, frozen_weight
 
 _PEFT_PREFIX = "base_model.model."
 _attached: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
@@ -171,7 +171,7 @@ class Adapter:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
-            return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, weight=_frozen_weight(module))
+            return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, weight=frozen_weight(module))
 
         return add
 
@@ -207,94 +207,6 @@ class Adapter:
             alpha=self.alpha,
             layout=self.layout,
         )
-
-
-def add_low_rank(
-    output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *, scale: float, weight: Tensor | None = None
-) -> Tensor:
-    """Compute output + s B A x with each row's own A and B, in the type of x.
-
-    Args:
-        output: What the projection gave, [B, T, O].
-        x: What it was given, [B, T, I], or [B * T, I] from models that flatten the batch; with one stream any [..., I].
-        down_BRI: A.
-        up_BOR: B.
-        scale: s.
-        weight: W [O, I], if the output is W x plus a constant and nothing but x needs its gradient; see `_AddLowRank`.
-
-    Returns:
-        As `output`.
-
-    Raises:
-        ModelError: If the batch is not of B rows.
-    """
-    if scale != 1:
-        up_BOR = up_BOR * scale  # the smaller factor
-    num_streams = down_BRI.shape[0]
-    if num_streams > 1 and x.shape[0] % num_streams:
-        raise ModelError(
-            f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
-        )
-    if kernels.usable(x) and torch.is_grad_enabled():
-        if weight is not None:
-            output = output.detach()
-        summed: Tensor = _AddLowRank.apply(output, x, down_BRI, up_BOR, weight)  # type: ignore[no-untyped-call]
-        return summed
-    output_BTO, x_BTI = output.reshape(num_streams, -1, output.shape[-1]), x.reshape(num_streams, -1, x.shape[-1])
-    low_BTR = torch.bmm(x_BTI, down_BRI.to(x.dtype).mT)
-    return torch.baddbmm(output_BTO, low_BTR, up_BOR.to(x.dtype).mT).view_as(output)
-
-
-def _frozen_weight(module: nn.Module) -> Tensor | None:
-    """W of a plain projection that is not trained itself."""
-    plain = type(module) is nn.Linear and not any(weight.requires_grad for weight in module.parameters())
-    return module.weight if plain else None  # type: ignore[return-value]
-
-
-class _AddLowRank(torch.autograd.Function):
-    """output + B A x, with the gradients of A and B in float32; and W's share of the gradient of x if W is given.
-
-    Then a product adds up both shares, the sum is written over the output, and what made that is not differentiated.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, weight_OI: Tensor | None
-    ) -> Tensor:
-        down_BRI, up_BOR = down_BRI.to(x.dtype), up_BOR.to(x.dtype)
-        output_BTO, x_BTI = (y.reshape(len(down_BRI), -1, y.shape[-1]) for y in (output, x))
-        low_BTR = torch.bmm(x_BTI, down_BRI.mT)
-        ctx.save_for_backward(x, low_BTR, down_BRI, up_BOR, weight_OI)
-        if weight_OI is None or not output.is_contiguous():
-            return torch.baddbmm(output_BTO, low_BTR, up_BOR.mT).view_as(output)
-        output_BTO.baddbmm_(low_BTR, up_BOR.mT)
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_BTR, down_BRI, up_BOR, weight_OI = ctx.saved_tensors
-        slope_BTO, x_BTI = (y.reshape(len(down_BRI), -1, y.shape[-1]) for y in (upstream[0], x))
-        low_slope_BTR = torch.bmm(slope_BTO, up_BOR)
-        x_slope = None
-        if ctx.needs_input_grad[1] and weight_OI is None:
-            x_slope = torch.bmm(low_slope_BTR, down_BRI).view_as(x)
-        elif ctx.needs_input_grad[1]:
-            x_slope = torch.matmul(slope_BTO, weight_OI).baddbmm_(low_slope_BTR, down_BRI).view_as(x)
-        return (
-            upstream[0] if weight_OI is None else None,
-            x_slope,
-            _outer_products(low_slope_BTR, x_BTI),
-            _outer_products(slope_BTO, low_BTR),
-            None,
-        )
-
-
-def _outer_products(p_BTP: Tensor, q_BTQ: Tensor) -> Tensor:
-    """The sum over t of p_t q_t^T, stream by stream, in float32; for a single stream cuBLAS has a good kernel."""
-    if p_BTP.shape[0] == 1 and p_BTP.is_cuda and p_BTP.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(p_BTP[0].mT, q_BTQ[0], out_dtype=torch.float32)[None]
-    return kernels.outer_products(p_BTP, q_BTQ)
 
 
 def mean_update(adapter: Adapter, before: Snapshot, norm: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Triton kernels for what plain PyTorch does slowly on a GPU; each has a plain twin that it must equal.
 
     weighted_losses   twin: synchronization.weighted_losses     reads the logits twice and writes their slope once
-    outer_products    twin: adapter's p.mT @ q in float32       LoRA gradients of many streams at once
+    outer_products    twin: low_rank's p.mT @ q in float32      LoRA gradients of many streams at once
     attend_one        twin: one_token.attend_one                one query per row over as much of a cache as is filled
     rotate_one        twin: the model's apply_rotary_pos_emb    rotary positions of one token
 
