@@ -102,6 +102,9 @@ def test_cost_against_its_references(shape, sheet):
         assert 0 < found["absorber", batch, "mfu"] < 1
     assert ("one-by-one", 1, "round_ms") not in found
     assert found["absorber", 2, "times_one-by-one"] > 0
+    assert found["absorber", 2, "times_peft-one-by-one"] > 0
+    speeds = [found[method, 2, "absorbed_tokens_per_second"] for method in ("absorber", "peft-one-by-one")]
+    assert found["absorber", 2, "times_peft-one-by-one"] == pytest.approx(speeds[0] / speeds[1])
     assert all(torch.equal(weight, before[name]) for name, weight in shape.model.state_dict().items())
     assert not any(weight.requires_grad for weight in shape.model.parameters())
 

@@ -1,9 +1,10 @@
 """What absorbing costs: tokens a second over all streams, against other ways to train as many steps on the same model.
 
-    matmul        the device's rate in a large product, measured in the same run; what MFU is a share of
-    one-by-one    rounds of a single stream, one after another
-    peft-lora     a plain training loop: PEFT, one adapter for all rows, next-token loss, AdamW, K steps on S x m tokens
-    absorber      rounds of S streams at once, each with an adapter of its own, a teacher, replay and anchors
+    matmul             the device's rate in a large product, measured in the same run; what MFU is a share of
+    one-by-one         rounds of a single stream, one after another
+    peft-one-by-one    the same with a plain training loop: PEFT, next-token loss, AdamW, K steps on m tokens
+    peft-lora          that loop with one adapter for all rows, K steps on S x m tokens
+    absorber           rounds of S streams at once, each with an adapter of its own, a teacher, replay and anchors
 
 All take K steps to absorb n tokens of a stream. Weights and tokens are random. On a CPU only ratios count.
 """
@@ -84,8 +85,10 @@ class _Bench:
 
     def references(self) -> dict[str, Run]:
         """What the absorber is compared with."""
-        alone = {"one-by-one": self.one_by_one} if self._batch > 1 else {}
-        return {**alone, "peft-lora": self.peft}
+        alone: dict[str, Run] = {}
+        if self._batch > 1:
+            alone = {"one-by-one": self.one_by_one, "peft-one-by-one": partial(self.peft, 1)}
+        return {**alone, "peft-lora": partial(self.peft, self._batch)}
 
     def noted(self, method: str, run: Run) -> list[Figure]:
         """Run a cell, and keep its speed for the ratios."""
@@ -121,8 +124,8 @@ class _Bench:
         shares = tuple(flops / taken * 1000 / self._rates["matmul"] for taken in parts["student_step_ms"])
         return [*figures, Figure("mfu", shares, "ratio")]
 
-    def peft(self) -> list[Figure]:
-        """K steps on the same number of tokens, checkpointed if needed; the model is afterwards as it was."""
+    def peft(self, rows: int) -> list[Figure]:
+        """K steps on that many texts at once, checkpointed if needed; the model is afterwards as it was."""
         from peft import LoraConfig, get_peft_model
 
         rank = self._task.absorb.rank
@@ -133,19 +136,19 @@ class _Bench:
         taken: tuple[float, ...] = ()
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
-                taken = self._train(model, checkpointing=False)
+                taken = self._train(model, rows, checkpointing=False)
             if not taken:
                 model.zero_grad(set_to_none=True)
                 make_room(self._backbone.device)
-                taken = self._train(model, checkpointing=True)
+                taken = self._train(model, rows, checkpointing=True)
         finally:
             model.unload()
-        speeds = tuple(1000 * self._batch * self._task.context_tokens / each for each in taken)
+        speeds = tuple(1000 * rows * self._task.context_tokens / each for each in taken)
         return [Figure("round_ms", taken, "ms"), Figure("absorbed_tokens_per_second", speeds, "tokens/s")]
 
-    def _train(self, model: Any, *, checkpointing: bool) -> tuple[float, ...]:
+    def _train(self, model: Any, rows: int, *, checkpointing: bool) -> tuple[float, ...]:
         task = self._task
-        ids_BT = Desk(task, self._backbone, self._batch).tokens(task.sync_tokens)
+        ids_BT = Desk(task, self._backbone, rows).tokens(task.sync_tokens)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=task.absorb.learning_rate, fused=True)
 
@@ -157,4 +160,4 @@ class _Bench:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        return milliseconds(self._backbone.device, loop, repeats=task.repeats if self._batch == 1 else 1)
+        return milliseconds(self._backbone.device, loop, repeats=task.repeats if rows == 1 else 1)
