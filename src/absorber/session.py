@@ -6,7 +6,7 @@ import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -90,7 +90,7 @@ class Session:
             guide=None if config.study == "off" else make_guide(tokenizer, model),
             on_step=self._on_step,
             on_round=self._on_round,
-            on_work=None if progress is None else self._on_work,
+            on_work=None if progress is None else self._report,
         )
         self._stream.num_rounds = memory.num_rounds
 
@@ -335,21 +335,35 @@ class Session:
     # --- Progress
 
     def _on_step(self, step: int, loss_B: torch.Tensor) -> None:
-        self._report(step=step, loss=float(loss_B[0]))
+        self._report("synchronizing", step, self.memory.config.max_steps, loss=float(loss_B[0]))
 
     def _on_round(self, rounds: list[Round]) -> None:
         self.memory.note(rounds[0])
         self._decoder.reset()  # other weights, another window
-        self._report(step=rounds[0].num_steps, loss=rounds[0].loss_after, finished=rounds[0])
+        done = rounds[0]
+        self._report("synchronizing", done.num_steps, self.memory.config.max_steps, loss=done.loss_after, finished=done)
 
-    def _on_work(self, work: Work, step: int, max_steps: int) -> None:
-        self._report(step=step, work=work, max_steps=max_steps)
-
-    def _report(self, *, step: int, loss: float = math.nan, finished: Round | None = None, **more: Any) -> None:
+    def _report(
+        self,
+        work: Work | Literal["synchronizing"],
+        step: int,
+        max_steps: int,
+        *,
+        loss: float = math.nan,
+        finished: Round | None = None,
+    ) -> None:
         if self._progress is not None:
-            places: dict[str, Any] = {"num_tokens": self.num_tokens, "num_rounds": self.memory.num_rounds}
-            steps: dict[str, Any] = {"step": step, "max_steps": self.memory.config.max_steps} | more
-            self._progress(Progress(**places, **steps, loss=loss, finished=finished))
+            self._progress(
+                Progress(
+                    num_tokens=self.num_tokens,
+                    num_rounds=self.memory.num_rounds,
+                    work=work,
+                    step=step,
+                    max_steps=max_steps,
+                    loss=loss,
+                    finished=finished,
+                )
+            )
 
     # --- On disk
 

@@ -143,12 +143,11 @@ class AskingTask(Task):
         """Ask after what a reader puts before the questions, which it is told, one a stream at a time."""
         turns = list(zip(*texts.queries, strict=True))
         prefixes = [read([query.sought for query in turn]) for turn in turns]
-        if all(
-            torch.equal(prefix_BT, prefixes[0]) for prefix_BT in prefixes
-        ):  # it does not search: one reading for all
-            prefixes, asked = prefixes[:1], [texts.queries]
-        else:
+        searches = any(not torch.equal(prefix_BT, prefixes[0]) for prefix_BT in prefixes)
+        if searches:
             asked = [[[query] for query in turn] for turn in turns]
+        else:  # one reading serves all
+            prefixes, asked = prefixes[:1], [texts.queries]
         backbone, found = setting.backbone, []
         for prefix_BT, queries in zip(prefixes, asked, strict=True):
             reading = Reading.of(backbone, prefix_BT.to(backbone.device), sink_id=setting.sink_id)

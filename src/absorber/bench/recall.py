@@ -103,14 +103,14 @@ class Recall(Task):
                 answers = {"full": texts.in_view[planted, wording]}
                 with reader.speaking():
                     kept = reader.reading()
-                    reads = {"contextless": reader.contextless, "windowed": reader.windowed}
-                    if kept is not None:
-                        del reads["windowed"]
+                    reads = {"contextless": reader.contextless}
+                    if kept is None:
+                        reads["windowed"] = reader.windowed
+                    else:
+                        answers["windowed"] = ask_kept(kept, asked, wording, texts.guide.tokenize)
                     for view, read in reads.items():
                         prefix_QT = _before_each(read, asked, wording, texts.guide.tokenize)
                         answers[view] = ask(setting, prefix_QT, asked, wording, texts.guide.tokenize)
-                    if kept is not None:
-                        answers["windowed"] = ask_kept(kept, asked, wording, texts.guide.tokenize)
                 for view, metrics in answers.items():
                     found |= {f"{metric}/{age}/{wording}/{view}": values for metric, values in metrics.items()}
         return found
