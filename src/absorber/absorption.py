@@ -28,7 +28,7 @@ from absorber.fused_text import fused
 from absorber.lessons import Lesson, Lessons, Past
 from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, settled, take_step
-from absorber.student import gradients, synchronization_loss
+from absorber.student import gradients, look
 from absorber.study import learn
 from absorber.subsequent import OnCount
 from absorber.synchronization import Target, next_token_loss
@@ -183,7 +183,6 @@ def absorb_context(
     return results
 
 
-@torch.no_grad()
 def _look(
     backbone: Backbone,
     adapter: Adapter,
@@ -196,7 +195,7 @@ def _look(
 ) -> None:
     """Write down the losses on the round's own text before study, so that a round is judged with what study does."""
     own.target = _teach(backbone, adapter, before, own, config, sink_id=sink_id)
-    loss_B = synchronization_loss(backbone, adapter, before, own, config, sink_id=sink_id, segments=own.pieces(0))
+    loss_B = look(backbone, adapter, before, own, config, sink_id=sink_id, segments=own.pieces(0))
     _check_finite(loss_B)
     for result, loss in zip(results, loss_B.tolist(), strict=True):
         result.losses.append(loss)
@@ -234,10 +233,7 @@ def _train(
             lesson.taught(target, by_base=config.teacher == "base")
         pieces = lesson.pieces(0 if last else step)
         if last:
-            with torch.no_grad():
-                loss_B = synchronization_loss(
-                    backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces
-                )
+            loss_B = look(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces)
         else:
             loss_B = gradients(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=pieces)
         own = lesson is lessons.own

@@ -297,7 +297,7 @@ class StreamConfig(_Settings):
     keep in a session, whose window goes on; generate in `absorb`, whose memory has no window."""
     flush_temperature: float = 1.0
     """Sampling temperature of that generated text; greedy text of a small model repeats itself."""
-    read_tokens: int = 512
+    read_tokens: int = 2048
     """Largest piece that the model reads at once when it fills its cache."""
     max_new_tokens: int = 256
     """Tokens generated per call at most."""

@@ -32,9 +32,10 @@ class _Recorded:
 
     graph: Any
     inputs: list[Tensor]
-    running_B: Tensor
+    running_B: Tensor | None
     loss_B: Tensor
-    gradients: list[Tensor | None]
+    gradients: list[tuple[Tensor, Tensor | None]]
+    """Of which weight, and what it is; none where losses alone are computed."""
 
 
 class StepGraphs:
@@ -51,7 +52,12 @@ class StepGraphs:
         self._pool: Any = None
 
     def run(
-        self, key: Any, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, finish: Callable[[], None]
+        self,
+        key: Any,
+        compute: Compute,
+        inputs: Sequence[Tensor],
+        running_B: Tensor | None = None,
+        finish: Callable[[], None] = lambda: None,
     ) -> Tensor | None:
         """Compute losses and leave their gradients in the weights' `grad`.
 
@@ -59,13 +65,13 @@ class StepGraphs:
             key: Whatever `compute` depends on beside the values of its inputs.
             compute: Inputs to losses [B].
             inputs: Tensors whose values may differ from call to call.
-            running_B: Which streams' losses count.
+            running_B: Which streams' losses count; None to compute losses alone, and leave `grad` as it is.
             finish: What is done with the gradients after the backward pass.
 
         Returns:
             The losses, without gradient; None on the first call with this key, which has to run as usual.
         """
-        key = (key, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+        key = (key, running_B is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._recorded:
             self._recorded[key] = None  # kernels are chosen and compiled by a usual run
             return None
@@ -74,25 +80,28 @@ class StepGraphs:
             found = self._recorded[key] = self._record(compute, inputs, running_B, finish)
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
-        found.running_B.copy_(running_B)
+        if found.running_B is not None:
+            found.running_B.copy_(running_B)
         found.graph.replay()
-        for weight, gradient in zip(self._weights, found.gradients, strict=True):
+        for weight, gradient in found.gradients:
             weight.grad = gradient
         return found.loss_B.clone()
 
     def _record(
-        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor, finish: Callable[[], None]
+        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor | None, finish: Callable[[], None]
     ) -> _Recorded:
-        own, running = [tensor.clone() for tensor in inputs], running_B.float()
-        for weight in self._weights:
+        own, running = [tensor.clone() for tensor in inputs], None if running_B is None else running_B.float()
+        learning = [] if running is None else self._weights
+        for weight in learning:
             weight.grad = None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.set_grad_enabled(running is not None), torch.cuda.graph(graph, pool=self._pool):
             loss_B = compute(*own)
-            (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
-            finish()
+            if running is not None:
+                (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
+                finish()
         self._pool = graph.pool()
-        gradients = [weight.grad for weight in self._weights]
+        gradients = [(weight, weight.grad) for weight in learning]
         return _Recorded(graph, own, running, loss_B.detach(), gradients)
 
 

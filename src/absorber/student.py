@@ -124,6 +124,24 @@ def gradients(
     return loss_B.detach()
 
 
+@torch.no_grad()
+def look(
+    backbone: Backbone,
+    adapter: Adapter,
+    before: Snapshot,
+    lesson: Lesson,
+    config: AbsorbConfig,
+    *,
+    sink_id: int | None,
+    segments: int,
+) -> Tensor:
+    """Compute the losses [B] of `gradients` alone, of streams that are not to learn now."""
+    loss_B = _recorded(backbone, adapter, before, lesson, config, None, sink_id=sink_id, segments=segments)
+    if loss_B is None:
+        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
+    return loss_B
+
+
 def _finish(adapter: Adapter, config: AbsorbConfig) -> None:
     """Leave the part that studies alone, and clip what is left."""
     if config.study != "off":
@@ -137,12 +155,12 @@ def _recorded(
     before: Snapshot,
     lesson: Lesson,
     config: AbsorbConfig,
-    running_B: Tensor,
+    running_B: Tensor | None,
     *,
     sink_id: int | None,
     segments: int,
 ) -> Tensor | None:
-    """The same from a CUDA graph; None where there is none."""
+    """The same from a CUDA graph; None where there is none. The losses alone if `running_B` is None."""
     graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
     if graphs is None or target is None or len(target.finals) > 1 or config.update_penalty != "none":
         return None

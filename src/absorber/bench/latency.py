@@ -36,7 +36,7 @@ from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
 from absorber.fused_text import fused
 from absorber.lessons import Lesson, Past
 from absorber.optimizer import new_optimizer, take_step
-from absorber.student import gradients, synchronization_loss
+from absorber.student import gradients, look
 from absorber.teacher import teach
 
 METHODS = (
@@ -379,14 +379,13 @@ class Desk:
         def student() -> None:
             gradients(self._backbone, adapter, before, lesson, config, running_B, sink_id=_SINK, segments=1)
 
-        @torch.no_grad()
-        def look() -> None:
-            synchronization_loss(self._backbone, adapter, before, lesson, config, sink_id=_SINK, segments=1)
+        def looked() -> None:
+            look(self._backbone, adapter, before, lesson, config, sink_id=_SINK, segments=1)
 
         def optimize() -> None:
             take_step(optimizer, adapter, running_B, 0.0)
 
-        works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": look}
+        works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": looked}
         works |= {"optimizer_ms": optimize, "snapshot_ms": adapter.snapshot}
         with untouched(self._backbone.model), adapter.attached(self._backbone), fused(self._backbone):
             figures = [
