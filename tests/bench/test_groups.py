@@ -67,7 +67,10 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_groups_measure_what_one_batch_measures(name, run):
-    methods = {"truncation": METHODS["truncation"], **{way: strong(way) for way in ("temp-lora", "absorber")}}
+    methods = {
+        "truncation": METHODS["truncation"],
+        **{way: strong(way) for way in ("temp-lora", "absorber", "absorber-full")},
+    }
     whole, groups = run(TASKS[name], methods, "whole.jsonl"), run(TASKS[name], methods, "groups.jsonl", batch=2)
     assert_same(groups, whole)
     assert {record.num_samples for record in groups} <= {5, 2, 1, 3}  # kinds of facts have fewer
