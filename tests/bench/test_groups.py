@@ -69,7 +69,7 @@ def assert_same(one, other):
 def test_groups_measure_what_one_batch_measures(name, run):
     methods = {
         "truncation": METHODS["truncation"],
-        **{way: strong(way) for way in ("temp-lora", "absorber", "absorber-full")},
+        **{way: strong(way) for way in ("temp-lora", "absorber")},
     }
     whole, groups = run(TASKS[name], methods, "whole.jsonl"), run(TASKS[name], methods, "groups.jsonl", batch=2)
     assert_same(groups, whole)
