@@ -216,17 +216,19 @@ def test_questions_and_answers_are_what_the_base_says_next(name, tokenizer):
                 return line[:-1], True
         return line, False
 
-    questions = [next_line([*sentence, 63], 4, 5)[0] for sentence in sentences]
+    questions = [next_line([*sentence, 63], 7 + 1, 5)[0] for sentence in sentences]
     whole = [[*sentence, 63, *asked, 64, 65] for sentence, asked in zip(sentences, questions, strict=True)]
-    lines = [next_line(row, max(map(len, whole)), 4) for row in whole]
+    lines = [next_line(row, 7 + 1 + 5 + 2, 4) for row in whole]
     expected = [(asked, line if ended else []) for asked, (line, ended) in zip(questions, lines, strict=True)]
-    ours = write_questions(backbone, sentences, asking, question_tokens=5, answer_tokens=4, sink_id=0)
-    assert ours == expected
+    sizes = {"sentence_tokens": 7, "question_tokens": 5, "answer_tokens": 4}
+    assert write_questions(backbone, sentences, asking, **sizes, sink_id=0) == expected
+    assert [write_questions(backbone, [one], asking, **sizes, sink_id=0)[0] for one in sentences] == expected
 
 
 def test_without_sentences_nothing_is_asked(backbone, tokenizer, model):
     asking = make_asking(tokenizer, vocabulary(tokenizer, model), 257)
-    assert write_questions(backbone, [], asking, question_tokens=5, answer_tokens=5, sink_id=0) == []
+    sizes = {"sentence_tokens": 5, "question_tokens": 5, "answer_tokens": 5}
+    assert write_questions(backbone, [], asking, **sizes, sink_id=0) == []
 
 
 def test_anchors_are_no_longer_than_the_model_has_positions():

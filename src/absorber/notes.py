@@ -175,6 +175,7 @@ def ask_about(
         backbone,
         sentences,
         guide.asking,
+        sentence_tokens=config.study_tokens,
         question_tokens=size // 2,
         answer_tokens=size // 2,
         sink_id=sink_id,

@@ -109,7 +109,8 @@ class Asking(NamedTuple):
     answer: tuple[int, ...]
     """What stands before its answer."""
     blank: int
-    """An end of line, which fills up beginnings so that all are equally long."""
+    """An end of line, which fills up beginnings so that all are as long as any can be: what is written of a sentence
+    does not depend on what others there are."""
     line_ends_V: Tensor
     """For each token of the vocabulary, whether it ends a line."""
 
@@ -153,6 +154,7 @@ def write_questions(
     sentences: Sequence[Sequence[int]],
     asking: Asking,
     *,
+    sentence_tokens: int,
     question_tokens: int,
     answer_tokens: int,
     sink_id: int,
@@ -167,6 +169,7 @@ def write_questions(
         backbone: The model, with no adapter attached.
         sentences: Token ids of each.
         asking: Examples.
+        sentence_tokens: Of a sentence at most.
         question_tokens: Of a question at most.
         answer_tokens: Of an answer at most.
         sink_id: What stands before a text.
@@ -184,9 +187,8 @@ def write_questions(
     def greedy(logits_RV: Tensor) -> Tensor:
         return logits_RV.argmax(dim=-1, keepdim=True)
 
-    def go_on(beginnings: Sequence[Sequence[int]], num_tokens: int) -> list[tuple[list[int], bool]]:
+    def go_on(beginnings: Sequence[Sequence[int]], longest: int, num_tokens: int) -> list[tuple[list[int], bool]]:
         """What follows each up to the end of its line, and whether that came in time."""
-        longest = max(map(len, beginnings))
         rows = [[sink_id, *[asking.blank] * (longest - len(row)), *asking.examples, *row] for row in beginnings]
         prefix_RT = torch.tensor(rows)
         texts_RT = _write(
@@ -199,9 +201,11 @@ def write_questions(
         return found
 
     asked = [[*sentence, *asking.question] for sentence in sentences]
-    questions = [question for question, _ in go_on(asked, question_tokens)]
+    longest = sentence_tokens + len(asking.question)
+    questions = [question for question, _ in go_on(asked, longest, question_tokens)]
     whole = [[*row, *question, *asking.answer] for row, question in zip(asked, questions, strict=True)]
-    answers = [answer if ended else [] for answer, ended in go_on(whole, answer_tokens)]
+    longest += question_tokens + len(asking.answer)
+    answers = [answer if ended else [] for answer, ended in go_on(whole, longest, answer_tokens)]
     return list(zip(questions, answers, strict=True))
 
 

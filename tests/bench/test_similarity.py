@@ -68,15 +68,15 @@ def test_without_package_or_weights_it_says_what_to_do(cli_like, monkeypatch):
         similarity.similarity("some/embedder")
     monkeypatch.delenv(similarity.ENVIRONMENT, raising=False)
     monkeypatch.setattr(similarity, "find_spec", lambda name: None)
-    assert cli_like(None) == ("", [similarity.why_none()])
+    assert cli_like({}) == ("", [similarity.why_none()])
     monkeypatch.setenv(similarity.ENVIRONMENT, "of/environment")
-    assert cli_like(None) == ("of/environment", [])
-    assert cli_like("of/flag") == ("of/flag", [])
+    assert cli_like({}) == ("of/environment", [])
+    assert cli_like({"embedder": "of/table"}) == ("of/table", [])
 
 
 @pytest.fixture
 def cli_like():
-    from absorber.cli.bench_answers import choose_embedder
+    from absorber.cli.bench_answers import with_embedder
 
     class Heard:
         def __init__(self):
@@ -85,8 +85,8 @@ def cli_like():
         def say(self, line):
             self.lines.append(line)
 
-    def call(given):
+    def call(table):
         heard = Heard()
-        return choose_embedder(given, heard), heard.lines
+        return with_embedder(table, heard)["embedder"], heard.lines
 
     return call

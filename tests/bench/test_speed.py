@@ -184,7 +184,13 @@ def test_bad_numbers(change):
 
 
 def test_geometries():
-    sizes = {"llama2-7b": 6.738e9, "smollm2-135m": 1.345e8, "mamba-2.8b": 2.768e9, "mamba-130m": 1.29e8}
+    sizes = {
+        "llama2-7b": 6.738e9,
+        "qwen3-4b": 4.022e9,
+        "smollm2-135m": 1.345e8,
+        "mamba-2.8b": 2.768e9,
+        "mamba-130m": 1.29e8,
+    }
     for name, size in {"ttt-7b": 6.738e9, "ttt-1.3b": 1.3e9}.items():
         with torch.device("meta"):
             model = TrunkForCausalLM(geometry_config(name))

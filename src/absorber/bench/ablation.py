@@ -127,6 +127,7 @@ def run_ablation(
     tables: Sequence[str] = (),
     data_dir: Path,
     output: Path,
+    batch: int | None = None,
     listener: Listener | None = None,
     quick: bool = False,
 ) -> list[Record]:
@@ -139,6 +140,7 @@ def run_ablation(
         tables: Names; all if there are none.
         data_dir: Folder with the data; see `data.documents`.
         output: File of records; those of a variant are added when it is done.
+        batch: As in `run_task`.
         listener: Whom to tell. A variant that fails is told of and left out.
         quick: As in `cells`.
 
@@ -162,6 +164,7 @@ def run_ablation(
             tokenizer,
             data_dir=data_dir,
             output=output,
+            batch=batch,
             listener=listener,
             labels={places[0].name: places[0].label for places in same.values()},
         )

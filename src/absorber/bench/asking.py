@@ -10,9 +10,9 @@ Shapes: B streams, T tokens.
 import abc
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class Asked:
     full: Figures = field(default_factory=dict)
     """What full attention answers; filled when first needed."""
 
+    def of_streams(self, rows: slice) -> Self:
+        """Those of some streams."""
+        return replace(self, token_ids_BT=self.token_ids_BT[rows], queries=self.queries[rows], full={})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskingTask(Task):
@@ -160,7 +164,7 @@ class AskingTask(Task):
         full = Full().begin(setting)
         full.read(texts.token_ids_BT)
         found: Figures = {}
-        for first in range(0, self.num_streams, _FULL_STREAMS):
+        for first in range(0, setting.num_streams, _FULL_STREAMS):
             rows = slice(first, first + _FULL_STREAMS)
             prefix_BT = full.windowed()[rows].to(setting.backbone.device)
             reading = Reading.of(setting.backbone, prefix_BT, sink_id=setting.sink_id)

@@ -110,6 +110,8 @@ class Everything:
     """By task, what is not as by default."""
     quick: bool = False
     """Whether all sizes are tiny."""
+    batch: int | None = None
+    """How many streams are read at once; all if left out."""
     seed: int = 0
     """Of everything."""
     device: str = "auto"
@@ -178,6 +180,7 @@ class Everything:
         where: dict[str, Any] = {
             "data_dir": self._folder(ready),
             "output": self.output,
+            "batch": self.batch,
             "listener": counter.listener(),
         }
         if task == "ablation":

@@ -6,7 +6,7 @@ The weights are made on the device itself, and are the same at every call.
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Config
 
 from absorber.bench.families.trunk import TrunkConfig, TrunkForCausalLM
 from absorber.errors import ConfigError, DeviceMemoryError
@@ -31,6 +31,20 @@ def _llama(
     )
 
 
+def _qwen(hidden: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> Any:
+    return Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=128,
+        vocab_size=vocabulary,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=True,
+    )
+
+
 def _mamba(hidden: int, layers: int, vocabulary: int, **more: Any) -> Any:
     return MambaConfig(hidden_size=hidden, num_hidden_layers=layers, vocab_size=vocabulary, **more)
 
@@ -49,6 +63,7 @@ def _ttt(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: in
 
 GEOMETRIES = {
     "llama2-7b": lambda: _llama(4096, 11008, 32, 32, 32, 32000),
+    "qwen3-4b": lambda: _qwen(2560, 9728, 36, 32, 8, 151936),
     "smollm2-135m": lambda: _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
     "tiny": lambda: _llama(32, 64, 2, 4, 2, 257),
     "mamba-2.8b": lambda: _mamba(2560, 64, 50280),
@@ -58,8 +73,9 @@ GEOMETRIES = {
     "ttt-1.3b": lambda: _ttt(2048, 4480, 24, 32, 32000),
     "ttt-tiny": lambda: _ttt(32, 64, 2, 4, 257),
 }
-"""Configurations by name; arXiv 2307.09288, 2502.02737 and 2312.00752. TTT-Linear (arXiv 2407.04620) has hidden size,
-blocks and vocabulary of its 1.3B model and of LLaMA2-7B, heads of 64, and a feed-forward that makes it as large."""
+"""Configurations by name; arXiv 2307.09288, 2505.09388, 2502.02737 and 2312.00752. TTT-Linear (arXiv 2407.04620) has
+hidden size, blocks and vocabulary of its 1.3B model and of LLaMA2-7B, heads of 64, and a feed-forward that makes it as
+large."""
 
 
 def geometry_config(name: str) -> Any:

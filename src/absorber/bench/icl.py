@@ -157,7 +157,7 @@ class InContext(AskingTask):
         for view in ("windowed", "contextless"):
             own = found.pop(f"predicted/{view}")
             found[f"agreement/{view}"] = [float(one == other) for one, other in zip(own, full, strict=True)]
-        return found | {"chance": [1 / len(texts.labels)]}
+        return found | {"chance": [1 / len(texts.labels)] * setting.num_streams}
 
     def to_records(
         self,
@@ -171,7 +171,7 @@ class InContext(AskingTask):
         records: list[Record] = []
         for checkpoint in measured:
             figures = dict(checkpoint.metrics)
-            (chance,) = figures.pop("chance")
+            chance = figures.pop("chance")[0]  # the same for all
             plain = Checkpoint(checkpoint.round, figures, checkpoint.seconds)
             for record in AskingTask.to_records(self, method, method_config, [plain], reference, facts):
                 record.config["chance"] = chance

@@ -9,10 +9,10 @@ Shapes: B streams, T tokens, Q questions.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Planted:
     """For study, and to tokenize questions."""
     in_view: dict[tuple[int, Wording], dict[str, list[float]]] = field(default_factory=dict)
     """What the model answers with the context in view, by round and wording."""
+
+    def of_streams(self, rows: slice) -> Self:
+        """Those of some streams."""
+        return replace(self, token_ids_BT=self.token_ids_BT[rows], facts=self.facts[rows], in_view={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

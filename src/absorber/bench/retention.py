@@ -8,10 +8,10 @@ Shapes: B streams, T tokens, P of the passage, D hidden.
 
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class Streams:
     """Final states of full attention by round."""
     without: dict[str, "Judged"] = field(default_factory=dict)
     """What the model says of unrelated passages without memory, by kind."""
+
+    def of_streams(self, rows: slice) -> Self:
+        """Those of some streams."""
+        drift = {kind: passages_BP[rows] for kind, passages_BP in self.drift.items()}
+        return replace(self, token_ids_BT=self.token_ids_BT[rows], drift=drift, full_BPD={}, without={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, ClassVar, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Checkpoint:
     """By name; a task may put more into the name, parted by slashes."""
     seconds: float
     """Wall time of reading and absorbing up to here."""
+    peak_memory_bytes: int = 0
+    """Largest allocation on an accelerator up to here; 0 on a CPU."""
 
 
 class Texts(Protocol):
@@ -42,6 +44,9 @@ class Texts(Protocol):
     """What is read: m + n * rounds tokens, and what the task keeps behind them."""
     guide: Guide
     """For study."""
+
+    def of_streams(self, rows: slice) -> Self:
+        """Those of some streams, without what references were found for others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +135,7 @@ class Task(abc.ABC):
         Args:
             method: The method.
             backbone: The model.
-            texts: From `prepare`.
+            texts: From `prepare`, of all streams or of some.
             sink_id: First token of every input.
             on_round: Called after each round.
 
@@ -141,10 +146,13 @@ class Task(abc.ABC):
             backbone=backbone,
             stream=self.stream,
             sink_id=sink_id,
-            num_streams=self.num_streams,
+            num_streams=len(texts.token_ids_BT),
             seed=self.seed,
             guide=texts.guide,
         )
+        on_cuda = backbone.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
         reader, seconds, begin = method.begin(setting), 0.0, 0
         try:
             for number in range(self.num_rounds + 1):
@@ -154,11 +162,13 @@ class Task(abc.ABC):
                 begin = end
                 if number in self.checkpoints:
                     reader.reading()  # which takes its time when it is first asked for
-                if backbone.device.type == "cuda":
+                if on_cuda:
                     torch.cuda.synchronize()
                 seconds += time.perf_counter() - started
                 if number in self.checkpoints:
-                    yield Checkpoint(number, self.examine(setting, reader, texts, number), seconds)
+                    metrics = self.examine(setting, reader, texts, number)
+                    peak = torch.cuda.max_memory_allocated() if on_cuda else 0
+                    yield Checkpoint(number, metrics, seconds, peak)
                 if number:
                     on_round(number)
         finally:
@@ -203,7 +213,7 @@ class Task(abc.ABC):
             config={"task": self.config(), "method": method_config} | extra,
             per_sample=[round(value, 5) for value in values],
             seconds=round(checkpoint.seconds, 3),
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            peak_memory_bytes=checkpoint.peak_memory_bytes,
             **facts,
         )
 

@@ -13,7 +13,7 @@ from absorber.cli.bench_recall import recall, show_recall
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.bench_speed import cost, latency, show_speed
 from absorber.cli.console import Output
-from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.cli.options import BatchFlag, JsonFlag, ModelFlag
 from absorber.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def retention(
     split: str = "report",
     rounds: int = 10,
     streams: int = 24,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
     model: ModelFlag = None,
@@ -48,7 +49,7 @@ def retention(
 ) -> int:
     """Score the text that follows a stream, round by round, with and without what a method remembers.
 
-    What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the methods and batches that are done.
 
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
@@ -58,7 +59,8 @@ def retention(
         kind: What is streamed: books, dialogues, encyclopedia, code.
         split: report, or choose for searching options; each half of the documents serves one.
         rounds: Contexts absorbed.
-        streams: Streams in one batch.
+        streams: How many are read.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of streams and methods.
         config: TOML file with a table [retention] (context_tokens, sync_tokens, passage_tokens), one [absorb], which
             changes the method absorber, and one for any other method, such as [ttt].
@@ -72,7 +74,9 @@ def retention(
     tables = read_tables(config)
     flags = {"kind": kind, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
     task = make_task(Retention, flags | tables.get("retention", {}))
-    records = run_methods(task, methods, tables, report, data_dir=data_dir, output=output, model=model, device=device)
+    records = run_methods(
+        task, methods, tables, report, data_dir=data_dir, output=output, batch=batch, model=model, device=device
+    )
     _show(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from absorber.cli.bench_run import listener
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
-from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.cli.options import BatchFlag, JsonFlag, ModelFlag
 from absorber.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def ablation(
     split: str = "choose",
     tokens: int = 5120,
     streams: int = 12,
+    batch: BatchFlag = None,
     seed: int = 0,
     model: ModelFlag = None,
     device: str = "auto",
@@ -32,16 +33,17 @@ def ablation(
 ) -> int:
     """Change one choice of the method at a time, and measure what it is worth.
 
-    What the output file has already is not measured again; Ctrl-C keeps the variants that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the variants and batches that are done.
 
     Args:
-        tables: Questions to ask, see --list; all if left out.
+        tables: Questions to ask, which --list shows; all if left out.
         data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt.
         output: File of records, one JSON object a line.
         kind: What is streamed: books, dialogues, encyclopedia, code.
         split: choose, for ablations choose options, or report; each half of the documents serves one.
         tokens: Absorbed per stream.
-        streams: Streams in one batch.
+        streams: How many are read.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of streams and methods.
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -61,7 +63,7 @@ def ablation(
         raise ConfigError("measuring needs --data-dir and --output; --list shows what there is to measure")
     loaded = open_model(model, report, device=device)
     heard = listener(report, "variant")
-    records = run_ablation(task, *loaded, tables=tables, data_dir=data_dir, output=output, listener=heard)
+    records = run_ablation(task, *loaded, tables=tables, data_dir=data_dir, output=output, batch=batch, listener=heard)
     show_ablation(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

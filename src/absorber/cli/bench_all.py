@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from absorber.cli.bench_answers import choose_embedder
+from absorber.cli.bench_answers import with_embedder
 from absorber.cli.bench_run import choose_methods, read_tables
 from absorber.cli.console import Output
 from absorber.cli.opening import open_model
-from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.cli.options import BatchFlag, JsonFlag, ModelFlag
 
 if TYPE_CHECKING:
     from absorber.bench.everything import Meter, Outcome
@@ -22,9 +22,9 @@ def all_(
     output: Path,
     quick: Annotated[bool, Parameter(negative="")] = False,
     data_dir: Path | None = None,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
-    embedder: str | None = None,
     model: ModelFlag = None,
     device: str = "auto",
     json: JsonFlag = False,
@@ -40,9 +40,9 @@ def all_(
         quick: Make everything tiny, so that it takes minutes on two cores: whether it works, not how good it is.
         data_dir: Folder with the data of all tasks; with --quick texts made up for it if left out, otherwise the
             Hugging Face hub for icl, reasoning and summary, and none for the others.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of everything.
         config: TOML file with a table for any task or method.
-        embedder: For summary, as there.
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
         json: Write one JSON object per line to stdout.
@@ -54,7 +54,7 @@ def all_(
     tables = read_tables(config)
     methods = choose_methods(_names(tables, report), tables)
     if not tasks or "summary" in tasks:
-        tables["summary"] = {"embedder": choose_embedder(embedder, report)} | tables.get("summary", {})
+        tables["summary"] = with_embedder(tables.get("summary", {}), report)
     loaded = open_model(model, report, device=device)
     with ExitStack() as stack:
         if quick and data_dir is None:
@@ -67,6 +67,7 @@ def all_(
             data_dir=data_dir,
             settings={name: tables[name] for name in TASKS if name in tables},
             quick=quick,
+            batch=batch,
             seed=seed,
             device=device,
             say=report.say,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.console import Output
-from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.cli.options import BatchFlag, JsonFlag, ModelFlag
 
 if TYPE_CHECKING:
     from absorber.bench.records import Record
@@ -20,6 +20,7 @@ def icl(
     split: str = "report",
     rounds: int = 10,
     streams: int = 24,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
     model: ModelFlag = None,
@@ -28,7 +29,7 @@ def icl(
 ) -> int:
     """Classify texts after a long context of labelled examples.
 
-    What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the methods and batches that are done.
 
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
@@ -38,7 +39,8 @@ def icl(
         dataset: ag_news, trec, banking77.
         split: report, or choose for searching options; each half of the texts serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: Streams in one batch, each of other examples.
+        streams: How many are read, each of other examples.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of examples, queries and methods.
         config: TOML file with a table [icl] (context_tokens, sync_tokens, num_queries, num_classes) and one [absorb],
             which changes the method absorber.
@@ -47,7 +49,8 @@ def icl(
         json: Write one JSON object per line to stdout.
     """
     flags = {"kind": dataset, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
-    return _run("icl", methods, flags, Output(json_lines=json), output, data_dir, config, model, device)
+    where: dict[str, Any] = {"data_dir": data_dir, "output": output, "batch": batch, "model": model, "device": device}
+    return _run("icl", methods, flags, config, Output(json_lines=json), **where)
 
 
 def reasoning(
@@ -57,6 +60,7 @@ def reasoning(
     split: str = "report",
     rounds: int = 10,
     streams: int = 24,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
     model: ModelFlag = None,
@@ -65,7 +69,7 @@ def reasoning(
 ) -> int:
     """Ask questions that need several paragraphs of a long context (MuSiQue).
 
-    What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the methods and batches that are done.
 
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
@@ -74,7 +78,8 @@ def reasoning(
         data_dir: Folder with musique/*.jsonl; the Hugging Face hub if left out.
         split: report, or choose for searching options; each half of the questions serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: Streams in one batch, each with its own questions.
+        streams: How many are read, each with its own questions.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of questions, paragraphs and methods.
         config: TOML file with a table [reasoning] (context_tokens, sync_tokens, num_queries, max_new_tokens) and one
             [absorb], which changes the method absorber.
@@ -83,7 +88,8 @@ def reasoning(
         json: Write one JSON object per line to stdout.
     """
     flags = {"kind": "musique", "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
-    return _run("reasoning", methods, flags, Output(json_lines=json), output, data_dir, config, model, device)
+    where: dict[str, Any] = {"data_dir": data_dir, "output": output, "batch": batch, "model": model, "device": device}
+    return _run("reasoning", methods, flags, config, Output(json_lines=json), **where)
 
 
 def summary(
@@ -94,16 +100,16 @@ def summary(
     split: str = "report",
     rounds: int = 10,
     streams: int = 24,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
-    embedder: str | None = None,
     model: ModelFlag = None,
     device: str = "auto",
     json: JsonFlag = False,
 ) -> int:
     """Ask for the summary of one of many dialogues or stories in a long context.
 
-    What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the methods and batches that are done.
 
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
@@ -113,50 +119,51 @@ def summary(
         dataset: samsum, or squality, whose stories need 14 rounds or more.
         split: report, or choose for searching options; each half of the documents serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: Streams in one batch, each asked about other documents.
+        streams: How many are read, each asked about other documents.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of documents and methods.
-        config: TOML file with a table [summary] (context_tokens, sync_tokens, num_queries, max_new_tokens) and one
-            [absorb], which changes the method absorber.
-        embedder: Hub id or folder of a sentence-transformers model, for the similarity in meaning; that of
-            $ABSORBER_EMBEDDER or of the extra "similarity" if left out, and no such figure without either.
+        config: TOML file with a table [summary] (context_tokens, sync_tokens, num_queries, max_new_tokens, embedder)
+            and one [absorb], which changes the method absorber. The embedder is the hub id or folder of a
+            sentence-transformers model, for the similarity in meaning; that of $ABSORBER_EMBEDDER or of the extra
+            "similarity" if left out, and no such figure without either.
         model: Hub id, folder, .gguf file, or "tiny"; SmolLM2-135M-Instruct if left out.
         device: auto, cpu, cuda, cuda:1, mps.
         json: Write one JSON object per line to stdout.
     """
-    report = Output(json_lines=json)
     flags = {"kind": dataset, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
-    flags |= {"embedder": choose_embedder(embedder, report)}
-    return _run("summary", methods, flags, report, output, data_dir, config, model, device)
+    where: dict[str, Any] = {"data_dir": data_dir, "output": output, "batch": batch, "model": model, "device": device}
+    return _run("summary", methods, flags, config, Output(json_lines=json), **where)
 
 
-def choose_embedder(given: str | None, report: Output) -> str:
-    """The embedder to judge summaries with; none, which is told, where there is none."""
+def with_embedder(table: dict[str, Any], report: Output) -> dict[str, Any]:
+    """The settings of `summary` with the embedder to judge by; without one, which is told, where there is none."""
     from absorber.bench.similarity import usual_embedder, why_none
 
-    embedder = given or usual_embedder()
-    if not embedder:
+    table = {"embedder": usual_embedder()} | table
+    if not table["embedder"]:
         report.say(why_none())
-    return embedder
+    return table
 
 
 def _run(
     name: str,
     methods: Sequence[str],
     flags: dict[str, Any],
-    report: Output,
-    output: Path,
-    data_dir: Path | None,
     config: Path | None,
-    model: str | None,
-    device: str,
+    report: Output,
+    *,
+    data_dir: Path | None,
+    output: Path,
+    **where: Any,
 ) -> int:
     from absorber.bench.answer_tables import ASKING_TASKS
     from absorber.bench.hub import fetched
 
     tables = read_tables(config)
-    task = make_task(ASKING_TASKS[name], flags | tables.get(name, {}))
+    table = tables.get(name, {})
+    task = make_task(ASKING_TASKS[name], flags | (with_embedder(table, report) if name == "summary" else table))
     folder = fetched(task.kind) if data_dir is None else data_dir
-    records = run_methods(task, methods, tables, report, data_dir=folder, output=output, model=model, device=device)
+    records = run_methods(task, methods, tables, report, data_dir=folder, output=output, **where)
     show_answers(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

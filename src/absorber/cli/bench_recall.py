@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absorber.cli.bench_run import make_task, read_tables, run_methods, show_rows
 from absorber.cli.console import Output
-from absorber.cli.options import JsonFlag, ModelFlag
+from absorber.cli.options import BatchFlag, JsonFlag, ModelFlag
 
 if TYPE_CHECKING:
     from absorber.bench.records import Record
@@ -20,6 +20,7 @@ def recall(
     split: str = "report",
     rounds: int = 30,
     streams: int = 24,
+    batch: BatchFlag = None,
     seed: int = 0,
     config: Path | None = None,
     model: ModelFlag = None,
@@ -28,7 +29,7 @@ def recall(
 ) -> int:
     """Plant facts in every round of a stream, and ask for them when they have left the window.
 
-    What the output file has already is not measured again; Ctrl-C keeps the methods that are done.
+    What the output file has already is not measured again; Ctrl-C keeps the methods and batches that are done.
 
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
@@ -38,7 +39,8 @@ def recall(
         kind: What is streamed: books, dialogues, encyclopedia, code.
         split: report, or choose for searching options; each half of the documents serves one.
         rounds: Contexts absorbed.
-        streams: Streams in one batch.
+        streams: How many are read.
+        batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of streams, facts and methods.
         config: TOML file with a table [recall] (context_tokens, sync_tokens, num_facts, ages), one [absorb], which
             changes the method absorber, and one for any other method, such as [ttt].
@@ -52,7 +54,9 @@ def recall(
     tables = read_tables(config)
     flags = {"kind": kind, "split": split, "num_rounds": rounds, "num_streams": streams, "seed": seed}
     task = make_task(Recall, flags | tables.get("recall", {}))
-    records = run_methods(task, methods, tables, report, data_dir=data_dir, output=output, model=model, device=device)
+    records = run_methods(
+        task, methods, tables, report, data_dir=data_dir, output=output, batch=batch, model=model, device=device
+    )
     show_recall(report, records)
     report.event("done", num_records=len(records), output=str(output))
     return 0

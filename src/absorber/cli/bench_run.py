@@ -58,6 +58,7 @@ def run_methods(
     *,
     data_dir: Path,
     output: Path,
+    batch: int | None,
     model: str | None,
     device: str,
 ) -> "list[Record]":
@@ -66,7 +67,8 @@ def run_methods(
 
     chosen = choose_methods(names, tables)
     loaded = open_model(model, report, device=device)
-    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, listener=listener(report, "method"))
+    heard = listener(report, "method")
+    return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, batch=batch, listener=heard)
 
 
 def choose_methods(names: Sequence[str], tables: dict[str, Any]) -> "dict[str, Method]":

@@ -41,8 +41,8 @@ def latency(
         methods: absorber-round, absorber-parts, absorber, absorber-merged, truncation, full, full-eager, or mamba or
             ttt for a geometry of that family; all if left out.
         output: File of records, one JSON object a line.
-        geometry: Shape of the model, whose weights are random: llama2-7b, smollm2-135m, tiny, mamba-2.8b, mamba-130m,
-            mamba-tiny, ttt-7b, ttt-1.3b, ttt-tiny.
+        geometry: Shape of the model, whose weights are random: llama2-7b, qwen3-4b, smollm2-135m, tiny, mamba-2.8b,
+            mamba-130m, mamba-tiny, ttt-7b, ttt-1.3b, ttt-tiny.
         lengths: N, separated by commas; 1024,4096,16384,65536,131072 if left out.
         batches: How many streams go on at once, separated by commas.
         tokens: Generated after the N.
@@ -92,7 +92,7 @@ def cost(
 
     Args:
         output: File of records, one JSON object a line.
-        geometry: Shape of the model, whose weights are random: llama2-7b, smollm2-135m or tiny.
+        geometry: Shape of the model, whose weights are random: llama2-7b, qwen3-4b, smollm2-135m or tiny.
         streams: How many are absorbed at once, separated by commas.
         config: TOML file with tables [absorb] and [stream].
         repeats: How often each thing is timed; the median counts.

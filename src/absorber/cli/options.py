@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from absorber.config import AbsorbConfig, Preset, StreamConfig, preset, read_toml
 from absorber.errors import AbsorberError, ConfigError, MemoryFileError
 
 SourceArgument = Annotated[str, Parameter(allow_leading_hyphen=True)]
 ModelFlag = Annotated[str | None, Parameter(name="--model")]
+BatchFlag = Annotated[int | None, Parameter(name="--batch", validator=Number(gte=1))]
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 
 
