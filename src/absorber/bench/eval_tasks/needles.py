@@ -90,7 +90,7 @@ def _hidden(texts: Sequence[str], tokenizer: Any, length: int, dice: random.Rand
     value = str(dice.randint(10**6, 10**7 - 1))
     needle, prefix = _NEEDLE.format(key=key, value=value), _PREFIX.format(key=key)
     frame = _TEMPLATE.format(hay="", key=key)
-    room = length - _NEW_TOKENS - sum(_counts(tokenizer, [frame, needle, prefix]))
+    room = length - _NEW_TOKENS - sum(_counts(tokenizer, [frame, f" {needle}", f" {prefix}"]))
     hay: list[str] = []
     for sentence, count in _counted(texts, tokenizer, dice):
         if count > room:
