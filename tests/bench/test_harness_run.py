@@ -74,9 +74,9 @@ def test_records_say_what_the_harness_says(evaluate, tmp_path):
         values = theirs["results"][record.config["task"]["kind"]]
         assert record.value == values[f"{record.metric},none"]
         if record.metric == "acc":
-            stderr = values["acc_stderr,none"]
-            assert (record.ci95_high - record.ci95_low) / 2 == pytest.approx(1.96 * stderr)
             assert record.unit == "ratio"
+            ends = harness_run._interval(record.value, values["acc_stderr,none"], share=True)
+            assert (record.ci95_low, record.ci95_high) == ends
     assert own[0].config["method"]["memory"] == "none"
     assert str(tmp_path) not in (tmp_path / "r.jsonl").read_text()
     assert "simple_evaluate" not in vars(lm_eval)  # the harness is as it was
@@ -141,6 +141,13 @@ def test_rulers_lengths_and_filters():
     values = {"alias": "x", "4096,none": 0.5, "4096_stderr,none": "N/A", "8192,none": -1, "name": 3}
     values |= {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1}
     assert list(harness_run._figures(values)) == [("4096", 0.5, None), ("exact_match strict-match", 0.25, 0.1)]
+
+
+def test_intervals():
+    assert harness_run._interval(0.5, 0.1, share=True) == (pytest.approx(0.304), pytest.approx(0.696))
+    assert harness_run._interval(0.75, 0.25, share=True) == (pytest.approx(0.26), 1.0)
+    assert harness_run._interval(12.0, 1.0, share=False) == (pytest.approx(10.04), pytest.approx(13.96))
+    assert harness_run._interval(1.0, 0.0, share=True) == harness_run._interval(9.0, None, share=False) == (None, None)
 
 
 @pytest.mark.parametrize("length", [1024, 4096])

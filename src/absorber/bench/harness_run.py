@@ -196,12 +196,20 @@ class _Run:
             counts = [results["n-samples"][each]["effective"] for each in members if each in results["n-samples"]]
             own: dict[str, Any] = facts | {"group": group, "num_samples": sum(counts)}
             for metric, value, stderr in _figures(values):
-                low, high = (None, None) if stderr is None else (value - _Z95 * stderr, value + _Z95 * stderr)
                 share = metric.split(" ")[0] in _SHARES and 0 <= value <= 1
+                low, high = _interval(value, stderr, share=share)
                 number = {"value": value, "unit": "ratio" if share else "", "ci95_low": low, "ci95_high": high}
                 yield self.record(kind, metric=metric, **own | number)
             if ours and kind == name:
                 yield self.record(kind, metric="absorbed_rounds", value=float(ours.num_absorbed), **own)
+
+
+def _interval(value: float, stderr: float | None, *, share: bool) -> tuple[float | None, float | None]:
+    """None for a standard error of 0, as of few answers that are all right: it says nothing."""
+    if not stderr:
+        return None, None
+    low, high = value - _Z95 * stderr, value + _Z95 * stderr
+    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
 
 
 def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
