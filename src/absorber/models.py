@@ -89,6 +89,30 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(source: str | os.PathLike[str] | None = None) -> Any:
+    """Load the tokenizer of a model without the model, where its weights need not be read for it.
+
+    Args:
+        source: As in `load`.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    name = os.fspath(source) if source is not None else "default"
+    if name == "tiny":
+        return _tiny(torch.float32)[1]
+    if name in ("default", DEFAULT_MODEL) and not Path(name).exists():
+        name = str(_default_folder(lambda line: None))
+    try:
+        if name.endswith(".gguf"):
+            path = Path(name).resolve()
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the readers raise whatever a damaged file or a missing package makes them raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {reason}. Give what --model takes") from error
+
+
 def _from_folder(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -8,6 +8,7 @@ the harness is, and never by the rest of Absorber.
 """
 
 import contextlib
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,7 +86,20 @@ class AbsorberLM(HFLM):
         self._absorbed = False
         self.num_absorbed = 0
         """Rounds of all contexts so far."""
+        self.longest = 0
+        """Tokens of the longest text so far, with what is asked of it."""
+        self._memory_name = "none" if memory is None else _name_of(Path(memory))
         self._begin()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells two such models with the same base apart, for records; a memory by name and content."""
+        return {"memory": self._memory_name} | self._settings.stream.to_dict() | self._settings.absorb.to_dict()
+
+    @property
+    def rounds_before(self) -> int:
+        """Rounds that made the memory given."""
+        return self._rounds_before
 
     # --- What fits: as `hf` reads it, with the memory
 
@@ -175,6 +189,7 @@ class AbsorberLM(HFLM):
         short = []
         for place, (_, context, continuation) in enumerate(requests):
             bare = self._bare(context)
+            self.longest = max(self.longest, len(bare) + len(continuation))
             if self._fits(len(bare) + len(continuation)):
                 short.append(place)
             else:
@@ -200,6 +215,7 @@ class AbsorberLM(HFLM):
         """How likely each text is, from its beginning to its end."""
         found: dict[int, float] = {}
         texts = [self._bare(self.tok_encode(request.args[0])) for request in requests]
+        self.longest = max([self.longest, *map(len, texts)])
         short = [place for place, token_ids in enumerate(texts) if self._fits(len(token_ids))]
         if short:
             known = super().loglikelihood_rolling([requests[place] for place in short], disable_tqdm)
@@ -214,6 +230,7 @@ class AbsorberLM(HFLM):
         """What is written after each context, which it is not part of."""
         found: dict[int, str] = {}
         contexts = [self._bare(self.tok_encode(request.args[0])) for request in requests]
+        self.longest = max([self.longest, *map(len, contexts)])
         news = [normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests]
         short = [place for place, ids in enumerate(contexts) if self._fits(len(ids), num_new=news[place])]
         self._begin()
@@ -244,6 +261,12 @@ class AbsorberLM(HFLM):
         )
         answer = self.tok_decode(written[0, ids_1T.shape[1] :].tolist())
         return str(postprocess_generated_text(generation=answer, stop=stop, think_end_token=None))
+
+
+def _name_of(memory: Path) -> str:
+    """Name of a memory's folder, wherever it lies, and eight digits of its weights' hash."""
+    with (memory / "adapter_model.safetensors").open("rb") as file:
+        return f"{memory.resolve().name} {hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
 
 
 def _settings(saved: Memory | None, config: str | None, window: int | None) -> Preset:

@@ -15,6 +15,7 @@ TASKS = {
     "icl": "labels learned from examples that left the window (many-shot classification)",
     "reasoning": "questions over paragraphs that left the window",
     "summary": "summaries of dialogues that left the window",
+    "eval": "tasks of lm-evaluation-harness, with a memory and without: what it knows, and what it costs elsewhere",
     "latency": "milliseconds per token after a context, with and without the cost of absorbing, and peak memory",
     "cost": "tokens absorbed per second, against what the device could do",
     "families": "a transformer, a Mamba, an RNN and a TTT model of equal size, trained from scratch on the same text",
