@@ -41,8 +41,8 @@ def leaders(rivals: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def competes(record: Record) -> bool:
-    """Whether a figure is of a method, and not of full attention."""
-    return record.method != REFERENCE and place_of(record).get("view") != "full"
+    """Whether a figure is of a method, and not of full attention, whatever its kernel."""
+    return record.method.split("-")[0] != REFERENCE and place_of(record).get("view") != "full"
 
 
 def mark_best(rows: Sequence[tuple[Cell, ...]], places: Sequence[Hashable]) -> list[tuple[Cell, ...]]:

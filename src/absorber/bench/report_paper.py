@@ -10,6 +10,7 @@ from absorber.bench.ablation_report import Section as Ablated
 from absorber.bench.ablation_report import ablation_sections
 from absorber.bench.ablation_tables import TABLES
 from absorber.bench.records import Record, model_label
+from absorber.bench.report_best import mark_best
 from absorber.bench.report_layout import NOT_RUN, Cell, Table, over_seeds, paper, place_of, plain, seeds_of, words
 from absorber.bench.report_tables import label, labels
 
@@ -164,9 +165,8 @@ def ablated_tables(records: Sequence[Record]) -> Iterator[Table]:
     """Our ablations with the paper's figures beside them, then those of the paper's tables that were not run."""
     for section in ablation_sections(records):
         rows = [_traced(row, section) for row in section.rows]
-        yield Table(
-            f"{section.table}: {section.title}", section.heads, rows, [*section.sources, *section.contradictions]
-        )
+        title, notes = f"{section.table}: {section.title}", [section.setting, *section.sources, *section.contradictions]
+        yield Table(title, section.heads, mark_best(rows, [None] * len(rows)), notes)
     done = {record.config["table"] for record in records if record.task == "ablation"}
     for name, table in TABLES.items():
         for published in () if name in done else table.published[:1]:

@@ -70,6 +70,9 @@ _ROWS = ("checkpointing",)
 PARTING = ("dataset",)
 """Places that part measurements as settings do."""
 
+# What is in the settings of a method and follows from the seed.
+_OF_SEED = ("data",)
+
 # Values that need no name beside them.
 _SPEAKING = ("model", "device", "dtype", "kind", "dataset")
 
@@ -98,7 +101,7 @@ def labels(records: Iterable[Record]) -> dict[tuple[str, str], str]:
         known[record.method][_settings(record)] = config if isinstance(config, dict) else {}
     found = {}
     for method, configs in known.items():
-        names = sorted({name for config in configs.values() for name in config})
+        names = sorted({name for config in configs.values() for name in config} - set(_OF_SEED))
         differ = [name for name in names if len({repr(config.get(name)) for config in configs.values()}) > 1]
         for settings, config in configs.items():
             extra = ", ".join(f"{plain(name)} {spell_value(config.get(name, 'unset'))}" for name in differ)
