@@ -3,8 +3,9 @@
 import math
 
 from absorber.bench.report import make_report
-from absorber.bench.report_curves import curves
+from absorber.bench.report_curves import curves, style
 from absorber.bench.report_page import to_html
+from absorber.bench.report_paper import printed_tables
 from absorber.bench.report_short import in_short
 from absorber.bench.report_tables import groups, labels, tables
 from absorber.models import DEFAULT_MODEL
@@ -51,12 +52,12 @@ def test_the_first_table_says_who_is_best_and_who_is_not_told_apart():
     assert [[cell.text for cell in row] for row in table.rows] == [
         [
             "icl: accuracy",
-            f"{DEFAULT_MODEL} (weights 4-bit in origin); Device Q; 1,024 tokens",
-            "3",
             "good",
             "52.0 %",
             "near",
+            "bad",
             "90.0 %",
+            f"{DEFAULT_MODEL} (weights 4-bit in origin); Device Q; 1,024 tokens",
         ]
     ]
     assert "In short" in to_html(make_report(records))
@@ -96,3 +97,19 @@ def test_long_tables_after_the_first_are_opened_when_asked_for():
     made_page = to_html(make_report(records))
     assert made_page.count("<details><summary>") == 2
     assert "(13 rows)</summary>" in made_page
+
+
+def test_a_method_nobody_chose_a_color_for_takes_one_that_is_free():
+    names = ["full", "absorber", "truncation", "absorber-merged", "full-eager"]
+    assert len({style(name, names)[0] for name in names}) == len(names)
+
+
+def test_a_length_that_the_paper_has_not_is_no_row_of_its_table():
+    settings = {"kind": "ag_news"}
+    far = [made("icl", name, "accuracy", 0.5, tokens=64, settings=settings) for name in ("sink", "absorber")]
+    near = made("icl", "absorber", "accuracy", 0.5, tokens=2048, settings=settings)
+    for records, rows in ((far, [["all", "ours"]]), ([*far, near], [["absorber", "ours"]])):
+        table = printed_tables(records)[1]
+        own = [[row[0].text, row[1].text.split(",")[0]] for row in table.rows if row[1].text != "paper"]
+        assert "sink" not in [name for name, _ in own]
+        assert own[-1:] == rows

@@ -53,9 +53,16 @@ def style(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     if name.endswith(_COUNTED):
         color, mark, shown = style(name.removesuffix(_COUNTED), names)
         return color, mark, f"┄{shown}"
-    index = _CHOSEN_COLORS.get(name, len(_CHOSEN_COLORS) + list(names).index(name))
+    if name in _CHOSEN_COLORS:
+        index = _CHOSEN_COLORS[name]
+        color = _COLORS[index % len(_COLORS)]
+    else:  # what those with a color of their own leave over
+        taken = {_COLORS[_CHOSEN_COLORS[other] % len(_COLORS)] for other in names if other in _CHOSEN_COLORS}
+        free = [color for color in _COLORS if color not in taken] or list(_COLORS)
+        place = [other for other in names if other not in _CHOSEN_COLORS].index(name)
+        index, color = len(_CHOSEN_COLORS) + place, free[place % len(free)]
     mark, shown = _MARKS[index % len(_MARKS)]
-    return _COLORS[index % len(_COLORS)], mark, shown
+    return color, mark, shown
 
 
 def curves(records: Sequence[Record]) -> list[Gallery]:

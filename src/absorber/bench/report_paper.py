@@ -129,6 +129,8 @@ def _beside(table: Printed, own: Sequence[Record]) -> Table:
     names = labels(own)
     rows: list[tuple[Cell, ...]] = []
     measured: dict[tuple[str, ...], list[Record]] = {}
+    longest = 1024 * table.ranges[-1][1]
+    own = [record for record in own if 1024 * table.ranges[0][0] <= record.context_length <= longest]
     for record in own:
         method = _method(record)
         name = label(record, names) if method == record.method else method
@@ -166,7 +168,12 @@ def ablated_tables(records: Sequence[Record]) -> Iterator[Table]:
     for section in ablation_sections(records):
         rows = [_traced(row, section) for row in section.rows]
         title, notes = f"{section.table}: {section.title}", [section.setting, *section.sources, *section.contradictions]
-        yield Table(title, section.heads, mark_best(rows, [None] * len(rows)), notes)
+        # The paper's figures stand where they are seen: after the gaps closed.
+        theirs = [at for at, head in enumerate(section.heads) if head.startswith("paper's")]
+        order = [0, 1, 2, *theirs, *(at for at in range(3, len(section.heads)) if at not in theirs)]
+        heads = tuple(section.heads[at] for at in order)
+        rows = [tuple(row[at] for at in order) for row in mark_best(rows, [None] * len(rows))]
+        yield Table(title, heads, rows, notes)
     done = {record.config["table"] for record in records if record.task == "ablation"}
     for name, table in TABLES.items():
         for published in () if name in done else table.published[:1]:
