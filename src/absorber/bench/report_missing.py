@@ -42,7 +42,8 @@ _NOTHING = Cell(NONE, is_number=True)
 def matrix(records: Sequence[Record]) -> Table:
     """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods.
 
-    A method that reads streams could be run on every task of `DATA`, and those of the paper's tables on theirs; other names are the task's own.
+    A method that reads streams could be run on every task of `DATA`, and those of the paper's tables on theirs; other
+    names are the task's own.
     """
     own = [record for record in records if record.task != "ablation"]
     tasks = dict.fromkeys([*(task for task in TASKS if task != "ablation"), *(record.task for record in own)])
