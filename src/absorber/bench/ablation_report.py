@@ -23,7 +23,9 @@ class Section:
     table: str
     """Name of the table."""
     title: str
-    """What it asks, and in what setting it was measured."""
+    """What it asks."""
+    setting: str
+    """On what it was measured."""
     heads: Row
     """Heads of the columns."""
     rows: list[Row]
@@ -105,7 +107,7 @@ def _section(table: str, setting: str, variants: Mapping[str, Figures]) -> Secti
         theirs = next((group.values[name] for group in published if name in group.values), None)
         cells += [f"{value:g}" for value in theirs] if theirs else [""] * len(metrics)
         rows.append(tuple(cells))
-    section = Section(table, f"{known.asks if known else table} {setting}", heads, rows, figures=dict(variants))
+    section = Section(table, known.asks if known else table, setting, heads, rows, figures=dict(variants))
     if published:
         where = f"table {published[0].table}: LLaMA2-7B on {published[0].dataset}, {' and '.join(metrics)}"
         section.sources.append(

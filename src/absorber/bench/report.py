@@ -1,5 +1,6 @@
 """A report of records: what was measured, beside the paper, what it costs, and what was not run."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from absorber.bench.report_families import family_tables
 from absorber.bench.report_layout import Gallery, Report, Section, Table
 from absorber.bench.report_missing import TASKS, gaps, matrix
 from absorber.bench.report_paper import ablated_tables, printed_tables
+from absorber.bench.report_short import in_short
 from absorber.bench.report_tables import BY_ROUND, groups, tables
 from absorber.errors import BenchmarkError, MissingExtraError
 
@@ -18,6 +20,8 @@ _PAPER = (
     "The paper (arXiv 2604.20915) has LLaMA2-7B on one RTX 4080 SUPER. Model, data and metrics are not ours, so only "
     "orders compare."
 )
+_MOST_ROWS, _FEW_ROWS = 12, 7
+"""The second table of a setting, and those after it, are opened only when asked for if they are longer."""
 _LAST = " Of figures taken round by round the tables have the last, the curves all."
 
 
@@ -76,6 +80,8 @@ def make_report(records: Sequence[Record]) -> Report:
     tasks = [task for task in dict.fromkeys([*TASKS, *(record.task for record in own)]) if task != "ablation"]
     sections = [_of_task(task, [record for record in own if record.task == task]) for task in tasks]
     sections = [section for section in sections if section.parts]
+    short = in_short([record for record in own if record.task != "ablation"])
+    sections[:0] = [Section("short", "In short", [], [short])] if short.rows else []
     sections.append(Section("cost-quality", "Cost against quality", [_COST], _cost(own)))
     sections.append(Section("paper", "The paper's tables 1 to 4 beside ours", [_PAPER], list(printed_tables(own))))
     ablations = Section("ablations", "Ablations, and the paper's tables 5 to 7", [_PAPER], list(ablated_tables(own)))
@@ -99,13 +105,17 @@ def _of_task(task: str, records: Sequence[Record]) -> Section:
     section = Section(f"task-{task}", f"Task: {task}", text)
     for group in groups(records):
         made = family_tables(group.records) if task == "families" else tables(group.records)
+        laid: list[Table] = []
         for place, table in enumerate(made):
             title = " — ".join(part for part in (group.title, table.title) if part)
-            notes = [*table.notes, *([group.caption] if place == len(made) - 1 else [])]
-            section.parts.append(type(table)(title, table.heads, table.rows, notes))
+            notes = [*table.notes, *([group.caption] if place == 0 else [])]
+            is_folded = place > 0 and len(table.rows) > (_MOST_ROWS if place == 1 or task == "families" else _FEW_ROWS)
+            laid.append(dataclasses.replace(table, title=title, notes=notes, is_folded=is_folded))
+        section.parts.extend(table for table in laid if not table.is_folded)
         for gallery in curves(group.records):
             title = " — ".join(part for part in (group.title, gallery.title) if part)
             section.parts.append(type(gallery)(title, gallery.legend, gallery.panels))
+        section.parts.extend(table for table in laid if table.is_folded)
     return section
 
 

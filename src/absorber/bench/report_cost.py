@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from absorber.bench.records import Record
+from absorber.bench.report_best import REFERENCE
 from absorber.bench.report_curves import as_svg, blank, legend, style
-from absorber.bench.report_layout import Cell, Gallery, Panel, Table, number, over_seeds, words
+from absorber.bench.report_layout import Cell, Gallery, Panel, Table, over_seeds, seeds_of, words
 from absorber.bench.report_tables import Group, label, labels, last_only
 
 _VIEWS = ("windowed", "contextless")
@@ -39,11 +40,15 @@ class Bargain:
 
 
 def bargains(group: Group) -> list[Bargain]:
-    """Find the methods of a group of `retention` that have a price and a gap closed in both views."""
+    """Find the methods of a group of `retention` that have a price and a gap closed in both views.
+
+    Full attention has none: it reads while it is scored, which is not in the price.
+    """
     names, found = labels(group.records), dict[str, dict[str, list[Record]]]()
     for record in sorted(last_only(group.records), key=lambda record: record.seed):
         for view in _VIEWS:
-            if record.metric == f"{view}_gap_closed" and record.seconds and math.isfinite(record.value):
+            is_there = record.metric == f"{view}_gap_closed" and record.seconds and math.isfinite(record.value)
+            if is_there and record.method != REFERENCE:
                 found.setdefault(label(record, names), {}).setdefault(view, []).append(record)
     return [
         Bargain(name, tuple(tuple(worth[view]) for view in _VIEWS))
@@ -61,13 +66,14 @@ def cost_table(group: Group) -> Table | None:
     for one in sorted(found, key=lambda one: one.cost):
         on = [view for place, view in enumerate(_VIEWS) if not one.is_beaten(found, place)]
         price = Cell(f"{one.cost:.3f}" if one.cost >= 0.001 else "< 0.001", sources=one.sources[0], is_number=True)
-        gaps = [number(own[0]) if len(own) == 1 else over_seeds(own) for own in one.sources]
-        seeds = ", ".join(str(record.seed) for record in one.sources[0])
-        rows.append((words(one.name), Cell(seeds, is_number=True), price, *gaps, words(", ".join(on))))
+        gaps = [over_seeds(own) for own in one.sources]
+        seeds = seeds_of(record.seed for record in one.sources[0])
+        rows.append((words(one.name), seeds, price, *gaps, words(", ".join(on))))
     heads = ("method", "seeds", "ms per token", "windowed gap closed", "contextless gap closed", "on the frontier")
     notes = [
         "Reading and absorbing, divided by all tokens of the batch; scoring is not in it. On the frontier (dashed): no "
-        "other method here keeps as much for less. Compare within this table only."
+        "other method here keeps as much for less. Full attention, at 100 %, is left out: it reads while it is scored. "
+        "Compare within this table only."
     ]
     return Table(group.title, heads, rows, notes)
 

@@ -21,6 +21,9 @@ _MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), 
 _FIRST = ("absorber", "truncation", "temp-lora", "absorber-paper", "dcd", "full", "sink", *METHODS)
 _CHOSEN_COLORS = {name: index for index, name in enumerate(dict.fromkeys(_FIRST))}
 _WHOLE, _CHANCE = "everything in view", "by chance"
+_WITH, _COUNTED = "_with_absorption", ", with absorption"
+"""What ends a metric that counts absorbing too, and the name of its line, which is drawn beside that of the metric
+without: where it crosses full attention's, absorbing has paid."""
 _AXES = {"ratio": "%", "bytes": "GB"}
 _REFERENCES = {"drift": 0.0, "gap": 0.0, "saved": 0.0}
 
@@ -47,9 +50,19 @@ def style(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     """Color, matplotlib's mark and the same mark as text, of a line."""
     if name in (_WHOLE, _CHANCE):
         return "#888888", "None", "━" if name == _WHOLE else "┄"
-    index = _CHOSEN_COLORS.get(name, len(_CHOSEN_COLORS) + list(names).index(name))
+    if name.endswith(_COUNTED):
+        color, mark, shown = style(name.removesuffix(_COUNTED), names)
+        return color, mark, f"┄{shown}"
+    if name in _CHOSEN_COLORS:
+        index = _CHOSEN_COLORS[name]
+        color = _COLORS[index % len(_COLORS)]
+    else:  # what those with a color of their own leave over
+        taken = {_COLORS[_CHOSEN_COLORS[other] % len(_COLORS)] for other in names if other in _CHOSEN_COLORS}
+        free = [color for color in _COLORS if color not in taken] or list(_COLORS)
+        place = [other for other in names if other not in _CHOSEN_COLORS].index(name)
+        index, color = len(_CHOSEN_COLORS) + place, free[place % len(free)]
     mark, shown = _MARKS[index % len(_MARKS)]
-    return _COLORS[index % len(_COLORS)], mark, shown
+    return color, mark, shown
 
 
 def curves(records: Sequence[Record]) -> list[Gallery]:
@@ -123,13 +136,16 @@ def _gallery(title: str, records: Sequence[Record], along: str, axis: str) -> Ga
         is_whole = place_of(record).get("view") == "full"
         for panel in _panels(record, along, records):
             name = _WHOLE if is_whole else label(record, names)
+            name += _COUNTED if record.metric.endswith(_WITH) else ""
             panels.setdefault(panel, {}).setdefault(name, defaultdict(list))[float(x)].append(record)
             chance = place_of(record).get("chance")
             if record.metric == "accuracy" and isinstance(chance, int | float):
                 guess = dataclasses.replace(record, value=chance, ci95_low=None, ci95_high=None)
                 panels[panel].setdefault(_CHANCE, defaultdict(list))[float(x)].append(guess)
     drawn, used = [], dict[str, None]()
-    everyone = list(dict.fromkeys([*names.values(), _WHOLE, _CHANCE]))
+    everyone = list(
+        dict.fromkeys([*names.values(), *(f"{name}{_COUNTED}" for name in names.values()), _WHOLE, _CHANCE])
+    )
     for (metric, *where), lines in panels.items():
         found = {name: _points(at) for name, at in lines.items()}
         if max(map(len, found.values())) < 2:
@@ -151,7 +167,7 @@ def _panels(record: Record, along: str, records: Sequence[Record]) -> list[tuple
     for view in sorted(views, key=str):
         here = places | ({"view": view} if "view" in places else {})
         said = {name: value for name, value in here.items() if value not in ("all", NONE)}
-        found.append((record.metric, *(_said(name, value) for name, value in said.items())))
+        found.append((record.metric.removesuffix(_WITH), *(_said(name, value) for name, value in said.items())))
     return found
 
 
@@ -187,7 +203,7 @@ def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, unit
     figure, panel = blank()
     for name, points in lines.items():
         color, mark, _ = style(name, everyone)
-        x, line = [point.x for point in points], ":" if name == _CHANCE else "-"
+        x, line = [point.x for point in points], ":" if name == _CHANCE else "--" if name.endswith(_COUNTED) else "-"
         panel.plot(
             x, [point.y for point in points], marker=mark, markersize=4, linewidth=1.6, color=color, linestyle=line
         )
@@ -197,7 +213,9 @@ def draw(lines: Lines, everyone: Sequence[str], heading: str, axis: str, *, unit
     places = sorted({point.x for points in lines.values() for point in points})
     if len(places) > 1 and places[0] > 0 and places[-1] / places[0] >= 8:
         panel.set_xscale("log")
-        panel.set_xticks(places if len(places) <= 6 else [1, 3, 10, 30, 100], minor=False)
+        ticks = [digit * 10**power for power in range(7) for digit in (1, 3)]
+        inside = [tick for tick in ticks if places[0] <= tick <= places[-1]]
+        panel.set_xticks(places if len(places) <= 6 else inside, minor=False)
         panel.set_xticks([], minor=True)
         panel.xaxis.set_major_formatter("{x:g}")
     if any(word in heading for word in _REFERENCES):

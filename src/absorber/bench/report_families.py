@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from absorber.bench.records import Record
-from absorber.bench.report_layout import NONE, Cell, Table, number, over_seeds, plain, words
+from absorber.bench.report_best import mark_best
+from absorber.bench.report_layout import NONE, Cell, Table, over_seeds, plain, seeds_of, span, words
 
 _FACTS = ("parameters", "train_nll", "tokens_per_second", "train_seconds", "peak_memory_bytes")
 _MOST_POSITIONS = 7
@@ -28,17 +29,16 @@ def family_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def _facts(records: Sequence[Record]) -> Table:
-    found = {(record.method, record.seed): dict[str, Record]() for record in records}
+    found: dict[tuple[str, int], dict[int, dict[str, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in sorted(records, key=lambda record: record.round):
-        found[record.method, record.seed][record.metric] = record
-    there = [metric for metric in _FACTS if any(metric in own for own in found.values())]
-    heads = ("family", "seed", "training tokens", *(_head(metric) for metric in there))
+        found[record.method, record.config["task"]["tokens"]][record.seed][record.metric] = record
+    there = [metric for metric in _FACTS if any(metric in own for seeds in found.values() for own in seeds.values())]
+    heads = ("family", "seeds", "training tokens", *(_head(metric) for metric in there))
     rows = []
-    for (method, seed), own in found.items():
-        tokens = next(iter(own.values())).config["task"]["tokens"]
-        cells = [_cell(own.get(metric)) for metric in there]
-        rows.append((words(method), _plain_number(seed), _plain_number(tokens), *cells))
-    return Table("families", heads, rows)
+    for (method, tokens), seeds in found.items():
+        cells = [_cell([own[metric] for own in seeds.values() if metric in own]) for metric in there]
+        rows.append((words(method), seeds_of(seeds), Cell(f"{tokens:,}", is_number=True), *cells))
+    return Table("families", heads, mark_best(rows, [tokens for _, tokens in found]))
 
 
 def _head(metric: str) -> str:
@@ -47,34 +47,26 @@ def _head(metric: str) -> str:
     )
 
 
-def _cell(record: Record | None) -> Cell:
-    if record is None:
+def _cell(records: Sequence[Record]) -> Cell:
+    if not records:
         return words(NONE)
-    if record.metric in ("parameters", "tokens_per_second"):
-        return Cell(f"{record.value:,.0f}", sources=(record,), is_number=True)
-    return number(record)
-
-
-def _plain_number(value: int) -> Cell:
-    return Cell(f"{value:,}", is_number=True)
+    if records[0].metric in ("parameters", "tokens_per_second"):
+        return Cell(f"{span(records)[0]:,.0f}", sources=tuple(records), is_number=True)
+    return over_seeds(records)
 
 
 def _along(title: str, records: Sequence[Record]) -> Table:
-    """A row per family and seed, a column per position or distance."""
+    """A row per family over its seeds, a column per position or distance."""
     chosen = _spread(sorted({record.context_length for record in records}))
-    found: dict[str, dict[int, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        found[record.method][record.seed][record.context_length] = record
+        found[record.method][record.context_length].append(record)
     rows = []
-    for method, seeds in found.items():
-        for seed, own in sorted(seeds.items()):
-            cells = [number(own[length]) if length in own else words(NONE) for length in chosen]
-            rows.append((words(method), _plain_number(seed), *cells))
-        if len(seeds) > 1:
-            shared = [[own[length] for own in seeds.values() if length in own] for length in chosen]
-            means = [over_seeds(some) if some else words(NONE) for some in shared]
-            rows.append((words(method), Cell(f"mean of {len(seeds)}", is_number=True, kind="mean"), *means))
-    return Table(title, ("family", "seed", *(f"{length:,}" for length in chosen)), rows)
+    for method, own in found.items():
+        seeds = seeds_of(record.seed for here in own.values() for record in here)
+        rows.append((words(method), seeds, *(_cell(own.get(length, [])) for length in chosen)))
+    heads = ("family", "seeds", *(f"{length:,}" for length in chosen))
+    return Table(title, heads, mark_best(rows, [None] * len(rows)))
 
 
 def _spread(lengths: Sequence[int]) -> list[int]:

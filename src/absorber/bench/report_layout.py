@@ -1,7 +1,8 @@
 """What a report is made of, before it is a page: sections with tables and figures, every number with its records."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,13 @@ class Cell:
     text: str
     """What stands in it."""
     interval: str = ""
-    """95 % interval, or the range over seeds."""
+    """95 % interval; over seeds from the lowest lower end to the highest upper end."""
     sources: tuple[Record, ...] = ()
     """The records that it is made from; none for words and for the paper's numbers."""
     is_number: bool = False
     """Whether it is set to the right."""
     kind: str = ""
-    """A mark for the eye: `missing`, `paper` or `mean`."""
+    """A mark for the eye: `missing`, `paper` or `best`."""
 
 
 NONE = "–"
@@ -42,6 +43,8 @@ class Table:
     """As many cells as heads each."""
     notes: list[str] = field(default_factory=list)
     """Below it."""
+    is_folded: bool = False
+    """Whether it is opened only when asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,35 @@ def number(record: Record) -> Cell:
     return Cell(spell(record, record.value), interval, (record,), is_number=True)
 
 
+def span(records: Sequence[Record]) -> tuple[float, float, float]:
+    """Mean of the same figure over seeds, the lowest lower and the highest upper end of its intervals.
+
+    The seeds' streams may be the same, so that their samples are not pooled; this interval is the cautious one.
+    What has no interval is its own; seeds without a value are left out.
+    """
+    finite = [record for record in records if math.isfinite(record.value)]
+    if not finite:
+        return math.nan, math.nan, math.nan
+    ends = [record.value for record in finite]
+    ends += [end for record in finite for end in (record.ci95_low, record.ci95_high) if end is not None]
+    ends = [end for end in ends if math.isfinite(end)]
+    return sum(record.value for record in finite) / len(finite), min(ends), max(ends)
+
+
 def over_seeds(records: Sequence[Record]) -> Cell:
-    """A cell with the mean of the same figure over seeds, and the smallest and largest."""
-    values = [record.value for record in records]
-    mean = sum(values) / len(values)
-    ends = [spell(records[0], end, bare=True) for end in (min(values), max(values))]
-    return Cell(spell(records[0], mean), f"[{', '.join(ends)}]", tuple(records), is_number=True)
+    """A cell with the mean of the same figure over seeds, and the span of their intervals."""
+    if len(records) == 1 or records[0].metric == "out_of_memory":
+        return dataclasses.replace(number(records[0]), sources=tuple(records))
+    mean, low, high = span(records)
+    ends = [spell(records[0], end, bare=True) for end in (low, high) if math.isfinite(end)]
+    interval = f"[{', '.join(ends)}]" if ends else ""
+    return Cell(spell(records[0], mean), interval, tuple(records), is_number=True)
+
+
+def seeds_of(seeds: Iterable[int]) -> Cell:
+    """A cell with how many seeds there are, and which."""
+    own = sorted(set(seeds))
+    return Cell(f"{len(own)} ({', '.join(map(str, own))})", is_number=True)
 
 
 def paper(value: float | None) -> Cell:

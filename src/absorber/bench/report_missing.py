@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from absorber.bench.ablation_tables import TABLES
 from absorber.bench.methods import METHODS, OUTSIDE
 from absorber.bench.records import Record
-from absorber.bench.report_layout import NOT_RUN, Cell, Table, words
-from absorber.bench.report_paper import dataset_of
+from absorber.bench.report_layout import NONE, NOT_RUN, Cell, Table, words
+from absorber.bench.report_paper import PRINTED, dataset_of
 from absorber.bench.retention import DRIFT_KINDS
 
 TASKS = {
@@ -37,19 +37,27 @@ FROM_SCRATCH = {"mamba": "mamba", "rwkv": "rnn"}
 that stand in for them, trained from scratch."""
 
 _FEWEST_SEEDS = 3
+_NOTHING = Cell(NONE, is_number=True)
 
 
 def matrix(records: Sequence[Record]) -> Table:
-    """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods."""
+    """Methods against tasks: how many records, or that there are none. Ablations have variants, not methods.
+
+    A method that reads streams could be run on every task of `DATA`, and those of the paper's tables on theirs; other
+    names are the task's own.
+    """
     own = [record for record in records if record.task != "ablation"]
     tasks = dict.fromkeys([*(task for task in TASKS if task != "ablation"), *(record.task for record in own)])
     methods = dict.fromkeys([*METHODS, *OUTSIDE, *(record.method for record in own), *FROM_SCRATCH])
+    readers = {*METHODS, *OUTSIDE, *FROM_SCRATCH, *(record.method for record in own if record.task in DATA)}
     rows = []
     for method in methods:
         cells = [words(method)]
         for task in tasks:
             count = sum((record.task, record.method) == (task, method) for record in own)
-            cells.append(Cell(f"{count} records", is_number=True) if count else NOT_RUN)
+            is_printed = any(method in table.values for table in PRINTED if table.task == task)
+            could = is_printed or (task in DATA and method in readers)
+            cells.append(Cell(f"{count} records", is_number=True) if count else NOT_RUN if could else _NOTHING)
         rows.append(tuple(cells))
     return Table("Methods and tasks", ("method", *tasks), rows)
 

@@ -10,7 +10,8 @@ from absorber.bench.ablation_report import Section as Ablated
 from absorber.bench.ablation_report import ablation_sections
 from absorber.bench.ablation_tables import TABLES
 from absorber.bench.records import Record, model_label
-from absorber.bench.report_layout import NOT_RUN, Cell, Table, number, paper, place_of, plain, words
+from absorber.bench.report_best import mark_best
+from absorber.bench.report_layout import NOT_RUN, Cell, Table, over_seeds, paper, place_of, plain, seeds_of, words
 from absorber.bench.report_tables import label, labels
 
 Range = tuple[int, int]
@@ -128,43 +129,51 @@ def _beside(table: Printed, own: Sequence[Record]) -> Table:
     names = labels(own)
     rows: list[tuple[Cell, ...]] = []
     measured: dict[tuple[str, ...], list[Record]] = {}
+    longest = 1024 * table.ranges[-1][1]
+    own = [record for record in own if 1024 * table.ranges[0][0] <= record.context_length <= longest]
     for record in own:
         method = _method(record)
         name = label(record, names) if method == record.method else method
         metric = table.metrics[0] if record.metric == "out_of_memory" else record.metric
-        key = (method, name, metric, model_label(record.model), record.device)
-        measured.setdefault((*key, str(record.seed)), []).append(record)
+        measured.setdefault((method, name, metric, model_label(record.model), record.device), []).append(record)
     for method, values in table.values.items():
         rows.append((words(method), words("paper"), *(paper(value) for value in values)))
         ours = [key for key in measured if key[0] == method]
         rows += [_ours(key, measured[key], table) for key in ours]
-        if not ours:
+        if own and not ours:
             rows.append((words(method), words("ours"), *[NOT_RUN] * len(table.ranges)))
     rows += [_ours(key, found, table) for key, found in measured.items() if key[0] not in table.values]
-    notes = [f"Ours are of the task {table.task}: {' and '.join(map(plain, table.metrics))}."]
     if not own:
-        notes.append(f"The task {table.task} has no records here: not run.")
+        rows.append((words("all"), words("ours"), *[NOT_RUN] * len(table.ranges)))
+    notes = [f"Ours are of the task {table.task}: {' and '.join(map(plain, table.metrics))}."]
     heads = ("method", "whose", *(f"{low}–{high}k tokens" for low, high in table.ranges))
     return Table(f"Table {table.number}: {table.says}", heads, rows, notes)
 
 
 def _ours(key: tuple[str, ...], found: Sequence[Record], table: Printed) -> tuple[Cell, ...]:
-    _, name, metric, model, device, seed = key
+    _, name, metric, model, device = key
     cells = []
     for low, high in table.ranges:
         # A length of exactly 1k is in the first range, any other end in the range below it.
         inside = [record for record in found if 1024 * low - (low == 1) < record.context_length <= 1024 * high]
-        cells.append(number(max(inside, key=lambda record: record.context_length)) if inside else NOT_RUN)
-    return (words(name), words(f"ours, {plain(metric)}; {model}, {device}, seed {seed}"), *cells)
+        longest = max((record.context_length for record in inside), default=0)
+        own = {record.seed: record for record in inside if record.context_length == longest}
+        cells.append(over_seeds(list(own.values())) if own else NOT_RUN)
+    seeds = seeds_of(record.seed for record in found).text
+    return (words(name), words(f"ours, {plain(metric)}; {model}, {device}, seeds {seeds}"), *cells)
 
 
 def ablated_tables(records: Sequence[Record]) -> Iterator[Table]:
     """Our ablations with the paper's figures beside them, then those of the paper's tables that were not run."""
     for section in ablation_sections(records):
         rows = [_traced(row, section) for row in section.rows]
-        yield Table(
-            f"{section.table}: {section.title}", section.heads, rows, [*section.sources, *section.contradictions]
-        )
+        title, notes = f"{section.table}: {section.title}", [section.setting, *section.sources, *section.contradictions]
+        # The paper's figures stand where they are seen: after the gaps closed.
+        theirs = [at for at, head in enumerate(section.heads) if head.startswith("paper's")]
+        order = [0, 1, 2, *theirs, *(at for at in range(3, len(section.heads)) if at not in theirs)]
+        heads = tuple(section.heads[at] for at in order)
+        rows = [tuple(row[at] for at in order) for row in mark_best(rows, [None] * len(rows))]
+        yield Table(title, heads, rows, notes)
     done = {record.config["table"] for record in records if record.task == "ablation"}
     for name, table in TABLES.items():
         for published in () if name in done else table.published[:1]:

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from absorber.bench.records import Record, model_label
-from absorber.bench.report_layout import NONE, Cell, Table, number, over_seeds, place_of, plain, settings_of, words
+from absorber.bench.report_best import mark_best
+from absorber.bench.report_layout import (
+    NONE,
+    Cell,
+    Table,
+    over_seeds,
+    place_of,
+    plain,
+    seeds_of,
+    settings_of,
+    words,
+)
 
 BY_ROUND = ("retention", "recall", "ablation")
 """Tasks that measure again and again as a stream goes by; of the others, each length is a measurement of its own."""
@@ -59,6 +70,9 @@ _ROWS = ("checkpointing",)
 PARTING = ("dataset",)
 """Places that part measurements as settings do."""
 
+# What is in the settings of a method and follows from the seed.
+_OF_SEED = ("data",)
+
 # Values that need no name beside them.
 _SPEAKING = ("model", "device", "dtype", "kind", "dataset")
 
@@ -87,7 +101,7 @@ def labels(records: Iterable[Record]) -> dict[tuple[str, str], str]:
         known[record.method][_settings(record)] = config if isinstance(config, dict) else {}
     found = {}
     for method, configs in known.items():
-        names = sorted({name for config in configs.values() for name in config})
+        names = sorted({name for config in configs.values() for name in config} - set(_OF_SEED))
         differ = [name for name in names if len({repr(config.get(name)) for config in configs.values()}) > 1]
         for settings, config in configs.items():
             extra = ", ".join(f"{plain(name)} {spell_value(config.get(name, 'unset'))}" for name in differ)
@@ -126,7 +140,7 @@ def totals_only(records: Sequence[Record]) -> list[Record]:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Lay out the records of one group: a row per method, length, age and seed, a column per metric and place.
+    """Lay out the records of one group: a row per method, length and age over all seeds, a column per metric and place.
 
     Metrics that have the same places share tables, as long as these do not grow too wide.
     """
@@ -184,22 +198,20 @@ def _table(title: str, records: Sequence[Record], names: dict[tuple[str, str], s
         columns.sort(key=lambda column: -counts[column])
     rows: dict[tuple[Any, ...], dict[int, dict[Any, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        places = tuple(place_of(record)[name] for name in row_names)
-        key = (label(record, names), *([record.context_length] if by_length else []), *places)
+        where = tuple(place_of(record)[name] for name in row_names)
+        key = (label(record, names), *([record.context_length] if by_length else []), *where)
         rows[key][record.seed][_column(record, row_names)] = record
-    heads = ("method", *(["tokens"] if by_length else []), *map(plain, row_names), "seed", "samples")
+    heads = ("method", *(["tokens"] if by_length else []), *map(plain, row_names), "seeds", "samples a seed")
     heads += tuple(_head(column, units[column], titled=bool(title)) for column in columns)
     lines, methods = [], list(dict.fromkeys(key[0] for key in rows))
-    for key, seeds in sorted(rows.items(), key=lambda row: (methods.index(row[0][0]), *map(_order, row[0][1:]))):
+    keys = sorted(rows, key=lambda key: (methods.index(key[0]), *map(_order, key[1:])))
+    for key in keys:
         place = [
             words(str(key[0])),
             *(Cell(spell_value(part), is_number=not isinstance(part, str)) for part in key[1:]),
         ]
-        for seed, found in sorted(seeds.items()):
-            lines.append((*place, *_row(str(seed), found, columns)))
-        if len(seeds) > 1:
-            lines.append((*place, *_mean_row(seeds, columns)))
-    return Table(title, heads, lines)
+        lines.append((*place, *_row(rows[key], columns)))
+    return Table(title, heads, mark_best(lines, [key[1:] for key in keys]))
 
 
 def _order(value: Any) -> tuple[float, str]:
@@ -213,18 +225,14 @@ def _head(column: tuple[str, Key], unit: str, *, titled: bool) -> str:
     return ", ".join(said) if titled and said else ", ".join([plain(metric), *said, *more])
 
 
-def _row(seed: str, found: dict[Any, Record], columns: Sequence[Any]) -> list[Cell]:
-    samples = sorted({record.num_samples for record in found.values()})
-    cells = [Cell(seed, is_number=True), Cell(", ".join(map(str, samples)), is_number=True)]
-    full = [number(record) for record in found.values() if record.metric == _FULL]
-    first = columns[0] if columns else None
-    for column in columns:
-        cells += [number(found[column])] if column in found else full[:1] if column == first and full else [words("")]
+def _row(seeds: dict[int, dict[Any, Record]], columns: Sequence[Any]) -> list[Cell]:
+    """The cells of a method, over its seeds."""
+    found = [record for own in seeds.values() for record in own.values()]
+    samples = sorted({record.num_samples for record in found})
+    cells = [seeds_of(seeds), Cell(", ".join(map(str, samples)), is_number=True)]
+    full = [record for record in found if record.metric == _FULL]
+    for place, column in enumerate(columns):
+        own = [records[column] for records in seeds.values() if column in records]
+        own = own or (full if place == 0 else [])
+        cells.append(over_seeds(own) if own else words(""))
     return cells
-
-
-def _mean_row(seeds: dict[int, dict[Any, Record]], columns: Sequence[Any]) -> list[Cell]:
-    shared = [[found[column] for found in seeds.values() if column in found] for column in columns]
-    samples = sum(max(record.num_samples for record in found.values()) for found in seeds.values())
-    cells = [Cell(f"mean of {len(seeds)}", is_number=True, kind="mean"), Cell(str(samples), is_number=True)]
-    return cells + [over_seeds(records) if records else words("") for records in shared]

@@ -74,7 +74,7 @@ def show_ablation(report: Output, records: "Sequence[Record]") -> None:
     from absorber.bench.ablation_report import ablation_sections
 
     for section in ablation_sections(records):
-        report.show(f"\n{section.table}: {section.title}")
+        report.show(f"\n{section.table}: {section.title} {section.setting}")
         report.table(section.rows, heads=section.heads)
         for line in (*section.sources, *section.contradictions):
             report.show(line)
