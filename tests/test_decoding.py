@@ -350,3 +350,4 @@ def test_a_recorded_step_says_what_a_usual_one_says(way):
             quick.write(5)
         assert quick.write(4) == slow.write(4)
     assert quick._graph is not None
+    assert quick._window.graph is not None  # the first eight tokens, read for the second time

@@ -12,11 +12,12 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, C places in the cache.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, cache_argument
@@ -24,9 +25,10 @@ from absorber.errors import ConfigError, ContextError
 from absorber.fused_text import fused
 from absorber.fused_token import FusedStep, fusable, hooked
 from absorber.generation import Decoder, applied, check_room
-from absorber.graphs import is_plain
+from absorber.graphs import is_plain, without_masks
 from absorber.merging import converted, merge
 from absorber.one_token import one_token
+from absorber.static_cache import StaticLayer
 
 Way = Literal["beside", "merged"]
 """How the memory is applied: its products beside those of the base model, or in weights of the decoder's own."""
@@ -104,13 +106,18 @@ class StaticDecoder:
 
     def release(self) -> None:
         """Forget everything read, and give back the cache, the graph and the memory's copy."""
-        self._cache, self._layers = None, list[_Layer]()
+        self._cache, self._layers = None, list[StaticLayer]()
         self._beside: Adapter | None = None
         self._merged: dict[str, Tensor] = {}
         self._fused: FusedStep | None = None
+        self._begin_graphs()
+        self.reset()
+
+    def _begin_graphs(self) -> None:
+        """Have no step recorded, and no reading; they have the addresses of the cache in them."""
         self._graph: Any = None
         self._warm = False
-        self.reset()
+        self._window: _Reading | None = None
 
     def reset(self) -> None:
         """Forget everything read; the cache stays where it is."""
@@ -264,6 +271,29 @@ class StaticDecoder:
 
     def _read_piece(self, piece_BT: Tensor) -> None:
         start, end = self.num_tokens, self.num_tokens + piece_BT.shape[1]
+        if start == 0 and self._backbone.device.type == "cuda" and not hooked(self._backbone):
+            self._read_window(piece_BT)
+        else:
+            self._fill(piece_BT, start)
+        self.num_tokens, self._spoken = end, True
+
+    def _read_window(self, window_BT: Tensor) -> None:
+        """Read the first piece of a text. That of the same length as before is recorded: the window, after a round."""
+        if self._window is None or self._window.ids_BT.shape != window_BT.shape:
+            self._window = _Reading(window_BT.clone())
+            self._fill(window_BT, 0)
+            return
+        self._window.ids_BT.copy_(window_BT)
+        if self._window.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with without_masks(self._backbone), torch.cuda.graph(graph):
+                self._fill(self._window.ids_BT, 0)
+            self._window.graph = graph
+        self._window.graph.replay()
+
+    def _fill(self, piece_BT: Tensor, start: int) -> None:
+        """Put a piece into the cache, and find the token after it: nothing here depends on what the device knows."""
+        end = start + piece_BT.shape[1]
         for layer in self._layers:
             layer.start = start
         try:
@@ -277,7 +307,6 @@ class StaticDecoder:
         self._logits_BV.copy_(self._backbone.logits(final_BTD[:, -1]))
         self._next_B1.copy_(self._logits_BV.argmax(dim=-1, keepdim=True))
         self._place_1.fill_(end)
-        self.num_tokens, self._spoken = end, True
 
     def _run(self, input_ids_BT: Tensor, position_ids_1T: Tensor) -> Tensor:
         """Run the model over tokens that follow those in the cache."""
@@ -311,7 +340,7 @@ class StaticDecoder:
             self._next_B1 = torch.zeros(rows, 1, dtype=torch.long, device=place)
             vocabulary = int(self._backbone.head.weight.shape[0])  # type: ignore[index]
             self._logits_BV = torch.zeros(rows, vocabulary, device=place)
-            self._layers = [_Layer(self._place_1, capacity) for _ in self._backbone.blocks]
+            self._layers = [StaticLayer(self._place_1, capacity) for _ in self._backbone.blocks]
             self._cache = Cache(layers=self._layers)
             self._history_BC = torch.zeros(rows, capacity, dtype=torch.long, device=place)
         else:
@@ -320,7 +349,7 @@ class StaticDecoder:
             self._history_BC = longer_BC
             for layer in self._layers:
                 layer.grow(capacity)
-            self._graph, self._warm = None, False  # it has the addresses of the smaller cache
+            self._begin_graphs()
         self._capacity = capacity
 
     def _take_memory(self) -> None:
@@ -342,58 +371,11 @@ class StaticDecoder:
             self._place_1.fill_(num_tokens)
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one block in tensors of fixed size, written at a place that the device knows."""
+@dataclass(slots=True)
+class _Reading:
+    """How a text of one length is read from its beginning."""
 
-    is_sliding = False
-
-    def __init__(self, place_1: Tensor, capacity: int) -> None:
-        super().__init__()
-        self._place_1, self._capacity = place_1, capacity
-        self.start: int | None = None
-        """Where a piece of several tokens begins; None in a step."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate; zeros, because a place that holds no number would spoil a sum even with weight zero."""
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self._capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write them; return what a piece attends to, or in a step everything, filled or not."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.start is None:
-            self.keys.index_copy_(2, self._place_1, key_states)
-            self.values.index_copy_(2, self._place_1, value_states)
-            return self.keys, self.values
-        end = self.start + key_states.shape[2]
-        self.keys[:, :, self.start : end] = key_states
-        self.values[:, :, self.start : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def grow(self, capacity: int) -> None:
-        """Move into larger tensors."""
-        self._capacity = capacity
-        if self.is_initialized:
-            missing = (0, 0, 0, capacity - self.keys.shape[2])
-            self.keys, self.values = nn.functional.pad(self.keys, missing), nn.functional.pad(self.values, missing)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size() if self.is_initialized else 0
-
-    def get_seq_length(self) -> int:
-        """What a piece finds in the cache; a step does not ask."""
-        return self.start or 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a piece sees, and where they begin."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """C."""
-        return self._capacity
+    ids_BT: Tensor
+    """What a recorded reading reads."""
+    graph: Any = None
+    """None until it is read for the second time: kernels are chosen and compiled by a usual run."""

@@ -1,6 +1,9 @@
 """Retrieval: it finds what was planted, within the window's budget, and looks for nothing that it may not know."""
 
 import builtins
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,3 +154,12 @@ def test_without_the_package_the_error_says_what_to_install(setting, monkeypatch
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingExtraError, match=r"pip install 'absorber\[bench\]'"):
         BM25().begin(setting)
+
+
+def test_a_search_takes_nothing_of_a_gpu(tmp_path):
+    """JAX, which bm25s imports where it finds it, takes most of the device's memory when it is imported."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('JAX was imported')")
+    code = "import sys; from absorber.bench.methods.bm25 import _index; _index(); assert 'jax' not in sys.modules"
+    place = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": place})

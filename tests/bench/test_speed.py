@@ -12,7 +12,7 @@ from absorber.bench.families.trunk import TrunkForCausalLM
 from absorber.bench.geometry import GEOMETRIES, build_geometry, geometry_config
 from absorber.bench.latency import Latency
 from absorber.bench.records import read_records
-from absorber.bench.speed import Cell, Figure, Sheet, milliseconds, speed_rows
+from absorber.bench.speed import Cell, Figure, Sheet, break_even, milliseconds, speed_rows
 from absorber.config import AbsorbConfig
 from absorber.errors import BenchmarkError, ConfigError
 
@@ -46,7 +46,8 @@ def test_every_cell_of_latency_is_measured_once(shape, sheet):
     assert ("absorber-merged", 1, 60) in cells
     assert ("absorber-merged", 2, 60) not in cells
     metrics = {record.metric for record in first.records if record.method == "absorber"}
-    assert metrics == {"ms_per_token", "first_token_seconds", "absorb_ms_per_token", "ms_per_token_with_absorption"}
+    decoding = {"ms_per_token", "first_token_seconds", "window_again_ms"}
+    assert metrics == {*decoding, "absorb_ms_per_token", "ms_per_token_with_absorption"}
     assert not first.failures
     assert all(record.value >= 0 and record.config["weights"] == "random" for record in first.records)
     again = sheet()
@@ -67,7 +68,7 @@ def test_what_absorbing_adds_to_a_token(shape, sheet):
     }
     whole = found["absorber", "ms_per_token_with_absorption"]
     assert whole == pytest.approx(found["absorber", "ms_per_token"] + found["absorber", "absorb_ms_per_token"])
-    again = 1000 * found["absorber", "first_token_seconds"] / SMALL["context_tokens"]
+    again = found["absorber", "window_again_ms"] / SMALL["context_tokens"]
     rounds = [r.value / SMALL["context_tokens"] for r in done.records if r.metric == "round_ms"]
     assert found["absorber", "absorb_ms_per_token"] == pytest.approx(min(rounds) + again)
 
@@ -89,6 +90,29 @@ def test_what_has_a_state_has_no_window(sheet, family, dtype):
     }
     with pytest.raises(BenchmarkError, match="cannot be measured"):
         list(Latency(**SMALL).cells(backbone, ("absorber",)))
+
+
+@pytest.mark.parametrize(
+    ("full", "said"),
+    [
+        ({1000: 4.0, 2000: 6.0, 3000: 8.0}, "about 1500"),
+        ({1000: 4.0, 2000: 4.5, 3000: 4.9}, "not up to 3000"),
+        ({1000: 6.0, 2000: 7.0}, "1000 or fewer"),
+        ({1000: 4.0, 2000: None, 3000: None}, "2000, where full attention has no room"),
+        (
+            {2000: 9.0, 4000: 1.0, 3000: 4.0, 5000: 9.0},
+            "about 4500",
+        ),  # for good; where only one was measured says nothing
+    ],
+)
+def test_where_full_attention_has_lost(full, said, sheet):
+    desk = sheet()
+    times = {"full": full, "absorber": dict.fromkeys((1000, 2000, 3000, 4000, 5000, 9000), 5.0)}
+    for method, metric in (("full", "ms_per_token"), ("absorber", "ms_per_token_with_absorption")):
+        for length, value in times[method].items():
+            figure = Figure("out_of_memory", (1.0,), "") if value is None else Figure(metric, (value,), "ms")
+            desk.fill([Cell(method, length, {"batch": 1}, lambda figure=figure: [figure])])
+    assert break_even(desk.records) == [("tiny", "absorber", "1", said)]
 
 
 def test_cost_against_its_references(shape, sheet):

@@ -1,6 +1,7 @@
 """Measuring time and memory: a clock that waits for the device, and cells whose records are written as they come."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -240,3 +241,39 @@ def speed_rows(records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple[s
 
 def _number(record: Record) -> str:
     return f"{record.value / 1e9:.2f}" if record.unit == "bytes" else f"{record.value:.4g}"
+
+
+def break_even(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """From how many tokens on a token is quicker, absorption included, than with full attention at its best.
+
+    Between two measured lengths both are taken as straight lines; where full attention has no room, it has lost.
+
+    Returns:
+        Rows of model, method, streams, and tokens: a number, or what can be said instead.
+    """
+    times: dict[tuple[str, str, int], dict[int, float]] = {}
+    for record in records:
+        metric = "ms_per_token" if record.method == "full" else "ms_per_token_with_absorption"
+        if record.metric in (metric, "out_of_memory"):
+            cell = times.setdefault((record.model, record.method, record.config["batch"]), {})
+            cell[record.context_length] = math.inf if record.metric == "out_of_memory" else record.value
+    rows = []
+    for (model, method, batch), own in times.items():
+        full = times.get((model, "full", batch), {})
+        lengths = sorted(at for at in set(own) & set(full) if math.isfinite(min(own[at], full[at])))
+        if method != "full" and lengths:
+            rows.append((model, method, str(batch), _crossing([(at, full[at] - own[at]) for at in lengths])))
+    return rows
+
+
+def _crossing(points: Sequence[tuple[int, float]]) -> str:
+    """Where what full attention takes more, by length, gets above nothing for good."""
+    if points[-1][1] <= 0:
+        return f"not up to {points[-1][0]}"
+    last = max((index for index, (_, more) in enumerate(points) if more <= 0), default=-1)
+    if last < 0:
+        return f"{points[0][0]} or fewer"
+    (left, less), (right, more) = points[last], points[last + 1]
+    if math.isinf(more):
+        return f"{right}, where full attention has no room"
+    return f"about {left + (right - left) * -less / (more - less):.0f}"

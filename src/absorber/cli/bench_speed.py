@@ -173,13 +173,15 @@ def open_sheet(
 
 def show_speed(report: Output, records: "Sequence[Record]") -> None:
     """Show a table of those records that are of latency or cost, one for the cells of each method."""
-    from absorber.bench.speed import speed_rows
+    from absorber.bench.speed import break_even, speed_rows
 
     found = [record for record in records if record.task in ("latency", "cost")]
     decoding = [record for record in found if not record.method.startswith("absorber-") or "merged" in record.method]
     for part in (decoding, [record for record in found if record not in decoding]):
         if part:
             show_rows(report, *speed_rows(part))
+    heads = ("model", "method", "streams", "quicker than full attention from so many tokens on, absorption included")
+    show_rows(report, heads, break_even([record for record in found if record.task == "latency"]))
 
 
 def _end(report: Output, sheet: "Sheet") -> int:

@@ -7,6 +7,7 @@ Shapes: B streams, T tokens.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,7 @@ class BM25(Method):
         Raises:
             MissingExtraError: If bm25s is not installed.
         """
-        try:
-            import bm25s  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError("the method bm25 needs bm25s: pip install 'absorber[bench]'") from error
+        _index()
         return _BM25Reader(setting, self)
 
     def config(self) -> dict[str, Any]:
@@ -88,13 +86,11 @@ class _BM25Reader(Reader):
 
     def _best(self, text: Sequence[int], query: Sequence[int]) -> list[int]:
         """The best passages in the order of the text; of equally good ones the later."""
-        from bm25s import BM25 as Index  # noqa: N811
-
         size = min(self._size, len(text))
         if not size:
             return []
         starts = sorted({*range(0, len(text) - size, max(1, size // 2)), len(text) - size})
-        index = Index()
+        index = _index()
         index.index([[str(token) for token in text[start : start + size]] for start in starts], show_progress=False)
         scores = index.get_scores([str(token) for token in query])
         order = sorted(range(len(starts)), key=lambda place: (-scores[place], -starts[place]))
@@ -105,3 +101,25 @@ class _BM25Reader(Reader):
         # Passages that do not overlap first; all streams have to get equally many.
         chosen = [*apart, *(place for place in order if place not in apart)][: self._count]
         return [token for place in sorted(chosen) for token in text[starts[place] : starts[place] + size]]
+
+
+def _index() -> Any:
+    """An empty index.
+
+    bm25s imports JAX where it finds it, which takes three quarters of the GPU's memory for a search on the CPU; so it
+    finds none, unless the program itself has it.
+
+    Raises:
+        MissingExtraError: If bm25s is not installed.
+    """
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        from bm25s import BM25 as Index  # noqa: N811
+    except ImportError as error:
+        raise MissingExtraError("the method bm25 needs bm25s: pip install 'absorber[bench]'") from error
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    return Index()
