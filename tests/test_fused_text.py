@@ -152,3 +152,5 @@ def test_a_frozen_projection_is_differentiated_with_its_low_rank(kernels_run, nu
             *(torch.autograd.grad(y, inputs, slope, retain_graph=True) for y in (result, plain)), strict=True
         ):
             close(mine, theirs)
+    with torch.no_grad():  # then the sum is written over the output
+        close(add_low_rank(projection(x), x, down, up, scale=1.0, weight=projection.weight), plain)

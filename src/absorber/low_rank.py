@@ -24,6 +24,7 @@ def add_low_rank(
         up_BOR: B.
         scale: s.
         weight: W [O, I], if the output is W x plus a constant and nothing but x needs its gradient; see `_AddLowRank`.
+            The sum may then be written over the output.
 
     Returns:
         As `output`.
@@ -45,6 +46,9 @@ def add_low_rank(
         return summed
     output_BTO, x_BTI = output.reshape(num_streams, -1, output.shape[-1]), x.reshape(num_streams, -1, x.shape[-1])
     low_BTR = torch.bmm(x_BTI, down_BRI.to(x.dtype).mT)
+    if weight is not None and not torch.is_grad_enabled() and output.is_contiguous():
+        output_BTO.baddbmm_(low_BTR, up_BOR.to(x.dtype).mT)
+        return output
     return torch.baddbmm(output_BTO, low_BTR, up_BOR.to(x.dtype).mT).view_as(output)
 
 
