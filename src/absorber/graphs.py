@@ -80,7 +80,7 @@ class StepGraphs:
             found = self._recorded[key] = self._record(compute, inputs, running_B, finish)
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
-        if found.running_B is not None:
+        if found.running_B is not None and running_B is not None:
             found.running_B.copy_(running_B)
         found.graph.replay()
         for weight, gradient in found.gradients:

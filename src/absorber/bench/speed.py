@@ -257,7 +257,7 @@ def break_even(records: Sequence[Record]) -> list[tuple[str, ...]]:
         if record.metric in (metric, "out_of_memory"):
             cell = times.setdefault((record.model, record.method, record.config["batch"]), {})
             cell[record.context_length] = math.inf if record.metric == "out_of_memory" else record.value
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (model, method, batch), own in times.items():
         full = times.get((model, "full", batch), {})
         lengths = sorted(at for at in set(own) & set(full) if math.isfinite(min(own[at], full[at])))
