@@ -13,7 +13,7 @@ from absorber.backbone import checkpointed, forward_states, inspect
 from absorber.bench.geometry import geometry_config
 from absorber.decoding import StaticDecoder
 from absorber.fused_text import fused
-from absorber.lessons import Lesson
+from absorber.lessons import Lesson, Part
 from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.planning import SPARE, Rates, absorb_ms, needs, plan, shape_of
 from absorber.student import gradients
@@ -57,7 +57,7 @@ def test_weights_adapter_optimizer_and_states_are_exact(dtype, optimizer):
     running, before = torch.ones(2, dtype=torch.bool), adapter.snapshot()
     with adapter.attached(backbone):
         lesson.target = teach(backbone, adapter, lesson.context_BN, lesson.subsequent_BM, preset.absorb, sink_id=0)
-        gradients(backbone, adapter, before, lesson, preset.absorb, running, sink_id=0, segments=1)
+        gradients(backbone, adapter, before, [Part(lesson, None, own=True)], preset.absorb, sink_id=0, step=0)
     own = new_optimizer(adapter.parameters(), preset.absorb)
     take_step(own, adapter, running, scheduled(1e-3, 0, 4, preset.absorb))
     moments = [tensor for state in own.state.values() for tensor in state.values() if tensor.dim()]

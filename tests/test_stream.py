@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import absorber.stream
 from absorber import AbsorbConfig, ConfigError, ContextError, StreamConfig
-from absorber.absorption import RoundResult, absorb_context
+from absorber.absorption import Earlier, RoundResult, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.optimizer import new_optimizer
@@ -58,8 +58,9 @@ class Absorbed:
             raise Interrupted
         self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
         self.num_generated.append(kwargs["num_generated"])
-        self.given.append((list(kwargs["past"]), kwargs["anchors"]))
-        self.numbers.append(kwargs["round_number"])
+        earlier = kwargs["earlier"]
+        self.given.append((list(earlier.past), earlier.anchors))
+        self.numbers.append(earlier.round_number)
         return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
 
 
@@ -164,7 +165,7 @@ def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state
             config,
             sink_id=0,
             optimizer=optimizer,
-            round_number=number,
+            earlier=Earlier(round_number=number),
         )
     assert stream.num_rounds == 2
     assert all(map(torch.equal, stream._adapter.parameters(), adapter.parameters()))

@@ -72,6 +72,8 @@ class Adapter:
         self.up = {name: nn.Parameter(weight) for name, weight in up.items()}
         self.alpha, self.layout = alpha, layout
         self.enabled = True
+        self.rows: Tensor | None = None
+        """Which streams' rows a batch has, inside `only`; None for those of all."""
 
     @classmethod
     def fresh(cls, backbone: Backbone, config: AbsorbConfig, *, num_streams: int = 1) -> "Adapter":
@@ -165,12 +167,24 @@ class Adapter:
         finally:
             self.enabled = before
 
-    def _hook(self, name: str) -> Any:
-        down_BRI, up_BOR = self.down[name], self.up[name]
+    @contextlib.contextmanager
+    def only(self, rows: Tensor | None) -> Iterator[None]:
+        """Take batches that have the rows of some streams alone inside the `with` block; None for all."""
+        before = self.rows
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = before
 
+    def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
+            down_BRI: Tensor = self.down[name]
+            up_BOR: Tensor = self.up[name]
+            if self.rows is not None:
+                down_BRI, up_BOR = down_BRI[self.rows], up_BOR[self.rows]
             return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, weight=frozen_weight(module))
 
         return add

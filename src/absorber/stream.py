@@ -7,7 +7,7 @@ Shapes: B streams, T tokens.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Literal
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from absorber import study
-from absorber.absorption import absorb_context
+from absorber.absorption import Earlier, RoundResult, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, check_positions, with_sink
 from absorber.config import AbsorbConfig, StreamConfig
@@ -101,16 +101,26 @@ class Stream:
             ContextError: If the batch is not that of the adapter.
             AbsorptionError: If a round cannot be carried out.
         """
+        self.give(token_ids_BT)
+        while self.fill():
+            self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    def give(self, token_ids_BT: Tensor) -> None:
+        """Add tokens at the end, and absorb nothing yet.
+
+        Raises:
+            ContextError: If the batch is not that of the adapter.
+        """
         if token_ids_BT.shape[0] != self.window_BT.shape[0]:
             raise ContextError(f"there are {self.window_BT.shape[0]} streams; got tokens for {token_ids_BT.shape[0]}")
         self.pending_BT = torch.cat([self.pending_BT, token_ids_BT.cpu()], dim=1)
-        while True:
-            room = self._stream.window_tokens - self.window_BT.shape[1]
-            longer_BT = torch.cat([self.window_BT, self.pending_BT[:, :room]], dim=1)
-            self.window_BT, self.pending_BT = longer_BT, self.pending_BT[:, room:]
-            if self.window_BT.shape[1] < self._stream.window_tokens:
-                return
-            self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    def fill(self) -> bool:
+        """Move what is pending into the window as far as it has room; return whether it is full, and a round due."""
+        room = self._stream.window_tokens - self.window_BT.shape[1]
+        longer_BT = torch.cat([self.window_BT, self.pending_BT[:, :room]], dim=1)
+        self.window_BT, self.pending_BT = longer_BT, self.pending_BT[:, room:]
+        return self.window_BT.shape[1] == self._stream.window_tokens
 
     def flush(self, *, eos_ids: AbstractSet[int], generator: torch.Generator) -> None:
         """Absorb what is left in the window; the teacher writes the subsequent text that it lacks.
@@ -149,32 +159,11 @@ class Stream:
 
     def _absorb_oldest(self, generated_BT: Tensor) -> None:
         """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
-        size, place = self._stream.context_tokens, self._backbone.device
-        if self.anchors is None and self._config.has_anchors:
-            self.anchors = write_from_nothing(
-                self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
-            )
-        context_BN = self.window_BT[:, :size]
-        taught_BT = torch.cat([self.behind_BT, context_BN], dim=1)
-        subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
-        notes = None
+        place, notes = self._backbone.device, None
+        taught_BT, subsequent_BM = self.next_texts(generated_BT)
+        earlier = self.earlier()
         if self._config.study != "off":
-            study.begin(
-                self._backbone,
-                self._adapter,
-                self.window_BT.to(place),
-                self.anchors,
-                self._config,
-                sink_id=self._sink_id,
-            )
-            notes = take_notes(
-                self._backbone,
-                context_BN.to(place),
-                self._config,
-                sink_id=self._sink_id,
-                guide=self._guide,
-                on_token=self._telling("asking"),
-            )
+            notes = self._take_notes()
         results = absorb_context(
             self._backbone,
             self._adapter,
@@ -185,14 +174,52 @@ class Stream:
             num_generated=generated_BT.shape[1],
             notes=notes,
             studied=self.studied.items,
-            past=self.reservoir.items,
-            anchors=self.anchors,
-            round_number=self.num_rounds + 1,
+            earlier=earlier,
             optimizer=self.optimizer,
             on_step=self._on_step,
             on_study=self._telling("studying"),
         )
-        follows_BM = self.window_BT[:, size:]
+        self.take(results, num_generated=generated_BT.shape[1], notes=notes)
+
+    def next_texts(self, generated_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next round is of: X, with what the teacher reads before it, and Y."""
+        size = self._stream.context_tokens
+        taught_BT = torch.cat([self.behind_BT, self.window_BT[:, :size]], dim=1)
+        return taught_BT, torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
+
+    def earlier(self) -> Earlier:
+        """What the rounds before left for the next one; anchors are written if there are none."""
+        if self.anchors is None and self._config.has_anchors:
+            self.anchors = write_from_nothing(
+                self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
+            )
+        return Earlier(self.reservoir.items, self.anchors, self.num_rounds + 1)
+
+    def _take_notes(self) -> Notes:
+        place, size = self._backbone.device, self._stream.context_tokens
+        study.begin(
+            self._backbone, self._adapter, self.window_BT.to(place), self.anchors, self._config, sink_id=self._sink_id
+        )
+        return take_notes(
+            self._backbone,
+            self.window_BT[:, :size].to(place),
+            self._config,
+            sink_id=self._sink_id,
+            guide=self._guide,
+            on_token=self._telling("asking"),
+        )
+
+    def take(self, results: Sequence[RoundResult], *, num_generated: int = 0, notes: Notes | None = None) -> None:
+        """Note that a round is done: its X leaves the window.
+
+        Args:
+            results: Of each stream.
+            num_generated: Tokens of its Y that the teacher wrote.
+            notes: What was studied of it.
+        """
+        size = self._stream.context_tokens
+        context_tokens, follows_BM = self.window_BT[:, :size].shape[1], self.window_BT[:, size:]
+        taught_BT, _ = self.next_texts(follows_BM[:, :0])
         self.window_BT = follows_BM
         self.behind_BT = taught_BT[:, max(0, taught_BT.shape[1] - self._stream.teacher_tokens) :]
         self.num_rounds += 1
@@ -205,9 +232,9 @@ class Stream:
                 [
                     Round(
                         number=self.num_rounds,
-                        context_tokens=context_BN.shape[1],
-                        sync_tokens=subsequent_BM.shape[1],
-                        generated_tokens=generated_BT.shape[1],
+                        context_tokens=context_tokens,
+                        sync_tokens=follows_BM.shape[1] + num_generated,
+                        generated_tokens=num_generated,
                         num_steps=result.num_steps,
                         loss_before=result.losses[0],
                         loss_after=result.losses[-1],

@@ -229,7 +229,7 @@ def learn(
             on_step(step, len(steps))
         for weight in weights:
             weight.grad = None
-        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, finish)
+        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], finish)
         if recorded is None:
             compute(rows_BRT).sum().backward()  # type: ignore[no-untyped-call]
             finish()
