@@ -63,7 +63,7 @@ def test_a_closed_gate_gives_the_answer_of_the_base(monkeypatch, session, model,
     assert asked == rule
     assert not torch.equal(own.nll_B, base.nll_B)
     # The base's reading is that of a session without memory; the adapter was off.
-    question = session._tokenize(as_turn(tokenizer, "It was the"))
+    question = session.tokenize(as_turn(tokenizer, "It was the"))
     ids = torch.tensor([[session.memory.sink_id, *window, *question]])
     with torch.no_grad():
         logits = model(ids).logits[0].log_softmax(dim=-1)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,16 @@ class Adapter:
             alpha=self.alpha,
             layout=self.layout,
         )
+
+    @classmethod
+    def joined(cls, adapters: "Sequence[Adapter]") -> "Adapter":
+        """Copy the streams of several adapters of one shape into one, those of the first one first."""
+        first = adapters[0]
+        down, up = (
+            {name: torch.cat([getattr(one, part)[name].detach() for one in adapters]) for name in first.down}
+            for part in ("down", "up")
+        )
+        return cls(down, up, alpha=first.alpha, layout=first.layout)
 
     def to(self, device: torch.device) -> "Adapter":
         """Copy to a device."""

@@ -111,6 +111,11 @@ class Session:
         return self._stream.window_BT[0].tolist()
 
     @property
+    def stream(self) -> Stream:
+        """The window, and what its rounds need; for those who absorb several sessions together."""
+        return self._stream
+
+    @property
     def num_tokens(self) -> int:
         """Tokens absorbed so far and in the window."""
         return self.memory.num_tokens + self._stream.window_BT.shape[1]
@@ -140,7 +145,7 @@ class Session:
                 pending, and the next call goes on.
         """
         # All of it before the first round: what an interruption leaves must be pending, not lost.
-        token_ids = [token for piece in cut([text]) for token in self._tokenize(piece)]
+        token_ids = [token for piece in cut([text]) for token in self.tokenize(piece)]
         self.append_ids(token_ids)
         return len(token_ids)
 
@@ -168,7 +173,7 @@ class Session:
         self.append_ids([])  # what an interruption left pending
         seen = read = 0
         for piece in cut(parts):
-            token_ids = self._tokenize(piece)
+            token_ids = self.tokenize(piece)
             known = self._sources.get(name, 0)
             fresh = token_ids[max(0, known - seen) :]
             seen += len(token_ids)
@@ -184,7 +189,8 @@ class Session:
         if always or self.memory.stream.flush == "generate":
             self._stream.flush(eos_ids=self._eos_ids, generator=self._generator)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without special ones."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # --- Answering
@@ -220,7 +226,7 @@ class Session:
             generator.set_state(self._generator.get_state())
         else:
             generator.manual_seed(seed)
-        turn = self._tokenize(as_turn(self.tokenizer, question))
+        turn = self.tokenize(as_turn(self.tokenizer, question))
         rule = gate or self.memory.stream.gate
         with_memory = self._memory_helps(turn, rule)
         decoder = self._at_window(with_memory=with_memory)
@@ -264,7 +270,7 @@ class Session:
         """
         settings = self._sampling(max_new_tokens, temperature, top_p)
         turn = "" if prompt is None else prompt if raw else as_turn(self.tokenizer, prompt)
-        self.append_ids(self._tokenize(turn))  # after what an interruption left pending
+        self.append_ids(self.tokenize(turn))  # after what an interruption left pending
         written: list[int] = []
         shown = ""
         for token in self._continue(settings):

@@ -7,7 +7,7 @@ Shapes: B streams, T tokens.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Literal
@@ -72,7 +72,9 @@ class Stream:
                 'Begin a new memory, or go on with study = "off"'
             )
         check_positions(backbone, stream.teacher_tokens + stream.window_tokens + (config.sink == "shared"))
-        self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
+        self._backbone, self._config, self._stream = backbone, config, stream
+        self.adapter = adapter
+        """The memory, one row of weights per stream."""
         self._sink_id, self._guide = sink_id, guide
         self._on_step, self._on_round, self._on_work = on_step, on_round, on_work
         self.optimizer = new_optimizer(adapter.parameters(), config) if config.optimizer_state == "carry" else None
@@ -103,7 +105,7 @@ class Stream:
         """
         self.give(token_ids_BT)
         while self.fill():
-            self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+            self.absorb()
 
     def give(self, token_ids_BT: Tensor) -> None:
         """Add tokens at the end, and absorb nothing yet.
@@ -138,11 +140,11 @@ class Stream:
         self.append(self.window_BT[:, :0])  # what an interruption left pending
         while self.window_BT.shape[1]:
             follows = max(0, self.window_BT.shape[1] - self._stream.context_tokens)
-            pristine = self._adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()
+            pristine = self.adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()
             with pristine:
                 written = generate_subsequent(
                     self._backbone,
-                    self._adapter,
+                    self.adapter,
                     with_sink(sink_id, self.window_BT)[0].tolist(),
                     self._stream.sync_tokens - follows,
                     read_tokens=self._stream.read_tokens,
@@ -166,7 +168,7 @@ class Stream:
             notes = self._take_notes()
         results = absorb_context(
             self._backbone,
-            self._adapter,
+            self.adapter,
             taught_BT.to(place),
             subsequent_BM.to(place),
             self._config,
@@ -180,6 +182,22 @@ class Stream:
             on_study=self._telling("studying"),
         )
         self.take(results, num_generated=generated_BT.shape[1], notes=notes)
+
+    def absorb(self) -> None:
+        """One round of a window that is full."""
+        self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for streams whose next rounds can share a batch; None for one that has to be alone.
+
+        What is studied, and an optimizer that is carried on, belong to a single stream.
+        """
+        config = self._config
+        if config.study != "off" or self.optimizer is not None or self.adapter.num_streams > 1:
+            return None
+        taught_BT, subsequent_BM = self.next_texts(self.window_BT[:, :0])
+        return (id(self._backbone.model), config, self._sink_id, taught_BT.shape, subsequent_BM.shape)
 
     def next_texts(self, generated_BT: Tensor) -> tuple[Tensor, Tensor]:
         """What the next round is of: X, with what the teacher reads before it, and Y."""
@@ -198,7 +216,7 @@ class Stream:
     def _take_notes(self) -> Notes:
         place, size = self._backbone.device, self._stream.context_tokens
         study.begin(
-            self._backbone, self._adapter, self.window_BT.to(place), self.anchors, self._config, sink_id=self._sink_id
+            self._backbone, self.adapter, self.window_BT.to(place), self.anchors, self._config, sink_id=self._sink_id
         )
         return take_notes(
             self._backbone,
@@ -244,3 +262,37 @@ class Stream:
                     for result in results
                 ]
             )
+
+
+def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
+    """One round of several streams whose windows are full, in one batch, as if each were absorbed alone.
+
+    Args:
+        streams: Of one `kind`, which may be of different age.
+        batch: With as many streams; overwritten.
+
+    Raises:
+        AbsorptionError: If the round cannot be carried out; all streams are as they were.
+    """
+    first, place = streams[0], streams[0]._backbone.device
+
+    def on_step(step: int, loss_B: Tensor) -> None:
+        for index, stream in enumerate(streams):
+            if stream._on_step is not None:
+                stream._on_step(step, loss_B[index : index + 1])
+
+    texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
+    batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])
+    results = absorb_context(
+        first._backbone,
+        batch,
+        torch.cat([taught_BT for taught_BT, _ in texts]).to(place),
+        torch.cat([subsequent_BM for _, subsequent_BM in texts]).to(place),
+        first._config,
+        sink_id=first._sink_id,
+        earlier=[stream.earlier() for stream in streams],
+        on_step=on_step,
+    )
+    for index, (stream, result) in enumerate(zip(streams, results, strict=True)):
+        stream.adapter.restore([weight[index : index + 1] for weight in batch.parameters()])
+        stream.take([result])
