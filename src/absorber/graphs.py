@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
@@ -116,6 +116,10 @@ def is_plain(backbone: Backbone) -> bool:
 def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
     """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
     if backbone.device.type != "cuda" or not is_plain(backbone):
+        return None
+    if any(type(projection) is not nn.Linear for projection in backbone.projections.values()):
+        return None  # quantized, by kernels of which nobody said that they can be recorded
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
         return None
     return _graphs_of.setdefault(adapter, StepGraphs(adapter.parameters()))
 

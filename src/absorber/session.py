@@ -1,9 +1,7 @@
 """A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed."""
 
-import contextlib
 import math
 import os
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,11 +9,11 @@ from typing import Any, Literal, Self
 import torch
 
 from absorber import saved_session
-from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
+from absorber.backbone import eos_tokens, inspect, sink_token
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.decoding import StaticDecoder, Way, new_decoder
-from absorber.errors import ConfigError, ContextError, MemoryFileError
-from absorber.gate import Rule, Signals, opens, signals
+from absorber.errors import ContextError, MemoryFileError
+from absorber.gate import Rule, helps
 from absorber.generation import Decoder, choose_token
 from absorber.memory import Memory, Round
 from absorber.notes import make_guide
@@ -303,13 +301,6 @@ class Session:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         return self.memory.stream.replace(**{key: value for key, value in given.items() if value is not None})
 
-    @contextlib.contextmanager
-    def _speaking(self, *, with_memory: bool = True) -> Iterator[None]:
-        """The model with its memory, or without; left before control goes back to the caller."""
-        memory = self.memory.adapter.attached(self._backbone) if with_memory else contextlib.nullcontext()
-        with untouched(self.model), memory:
-            yield
-
     def _prefix(self) -> list[int]:
         """Sink and window."""
         return ([self.memory.sink_id] if self.memory.config.sink == "shared" else []) + self.window_ids
@@ -322,21 +313,8 @@ class Session:
 
     def _memory_helps(self, question_ids: list[int], rule: Rule) -> bool:
         """Whether the question is to be answered with the memory."""
-        if rule not in typing.get_args(Rule):
-            raise ConfigError(f"gate must be one of {', '.join(typing.get_args(Rule))}; got {rule!r}")
-        if rule == "off":
-            return True
         prefix = self._prefix() or [self.memory.sink_id]  # the first token needs something that predicts it
-        ids_BT = torch.tensor([prefix + question_ids], device=self._backbone.device)
-        check_positions(self._backbone, ids_BT.shape[1])
-
-        @torch.no_grad()
-        def reading(*, with_memory: bool) -> Signals:
-            with self._speaking(with_memory=with_memory):
-                final_BTD = forward_states(self._backbone, ids_BT, first=len(prefix) - 1).final_BTD
-                return signals(self._backbone, final_BTD, ids_BT[:, len(prefix) :])
-
-        return bool(opens(reading(with_memory=True), reading(with_memory=False), rule))
+        return helps(self._backbone, self.memory.adapter, prefix, question_ids, rule)
 
     # --- Progress
 
