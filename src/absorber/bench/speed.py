@@ -251,7 +251,7 @@ def break_even(records: Sequence[Record]) -> list[tuple[str, ...]]:
     Returns:
         Rows of model, method, streams, and tokens: a number, or what can be said instead.
     """
-    times: dict[tuple[str, str, int], dict[int, float]] = {}
+    times: dict[tuple[str, str, Any], dict[int, float]] = {}
     for record in records:
         metric = "ms_per_token" if record.method == "full" else "ms_per_token_with_absorption"
         if record.metric in (metric, "out_of_memory"):
