@@ -338,9 +338,7 @@ def plan(
         if need.total > SPARE * memory_bytes or taken * rate > 1000:
             continue
         beside, merged = (
-            decode_ms(
-                shape, preset, need, rates, weight_bytes=weight_bytes, num_streams=num_streams, merged=is_merged
-            )
+            decode_ms(shape, preset, need, rates, weight_bytes=weight_bytes, num_streams=num_streams, merged=is_merged)
             for is_merged in (False, True)
         )
         entry = Plan(
