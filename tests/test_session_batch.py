@@ -180,3 +180,34 @@ def test_streams_of_one_age_share_every_step(backbone, rows_read):
     )
     assert len(rows_read) == config.max_steps
     assert all(rows % 3 == 0 for rows in rows_read)
+
+
+def test_watching_a_round_changes_nothing_even_where_a_stream_breaks(backbone):
+    """The first stream learns so fast that it is soon not finite; the second, much older, at 1e-3."""
+    config = CONFIG.replace(segments=(1,), learning_rate=1e15, settling_rounds=1, anchor_share=0.0)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 90, (3, 20), generator=draw)
+    ages = [Earlier(round_number=1), Earlier(round_number=10**36), Earlier(round_number=10**36)]
+
+    def run(rows, on_step=None):
+        one = Adapter.fresh(backbone, config, num_streams=len(rows))
+        earlier = [ages[row] for row in rows]
+        texts = ids[rows, :8], ids[rows, 8:]
+        results = absorb_context(backbone, one, *texts, config, sink_id=0, earlier=earlier, on_step=on_step)
+        return results, one
+
+    (broken, *well), ours = run([0, 1, 2])
+    watched, theirs = run([0, 1, 2], on_step=lambda step, loss_B: None)
+    alone, own = run([1, 2])
+    assert broken.outcome == "rolled_back_nonfinite"
+    assert 0 < broken.num_steps < config.max_steps
+    assert not any(up[0].any() for up in ours.up.values())
+    for result, other in zip([broken, *well], watched, strict=True):
+        assert (result.num_steps, result.outcome) == (other.num_steps, other.outcome)
+        assert str(result.losses) == str(other.losses)  # which may hold nan
+    for result, other in zip(well, alone, strict=True):
+        assert result.num_steps == other.num_steps == config.max_steps
+        assert result.losses == pytest.approx(other.losses, rel=1e-4)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    for mixed, single in zip(ours.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(mixed[1:], single, rtol=1e-3, atol=1e-6)

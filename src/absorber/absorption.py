@@ -192,7 +192,7 @@ def _lessons(own: Lesson, earlier: Earlier | Sequence[Earlier], config: AbsorbCo
 
     if isinstance(earlier, Earlier):
         return of(own, earlier)
-    rows = torch.arange(len(earlier), device=own.context_BN.device)[:, None]
+    rows = torch.arange(len(earlier))[:, None]
     return LessonsTogether([of(own.rows(row), one) for row, one in zip(rows, earlier, strict=True)])
 
 
@@ -213,7 +213,8 @@ class _Trainer:
         """Line 2: W* <- W, as every stream runs."""
         self._backbone, self._adapter, self._before = backbone, adapter, before
         self._lessons, self._results, self._config, self._sink_id = lessons, results, config, sink_id
-        self._running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)
+        self._running_B = torch.ones(len(results), dtype=torch.bool)  # on the CPU, which need not wait to look at it
+        self._unread: list[tuple[Tensor, Tensor]] = []
 
     def look(self) -> None:
         """Write down the losses on the round's own text before study, so that a round is judged with what it does."""
@@ -223,8 +224,13 @@ class _Trainer:
             result.losses.append(loss)
 
     def train(self, optimizer: torch.optim.Optimizer, on_step: Callable[[int, Tensor], None] | None) -> None:
-        """Line 3, with the teacher asked when a lesson first comes up."""
+        """Line 3, with the teacher asked when a lesson first comes up.
+
+        Losses are read when somebody waits for them, and otherwise after the last step: a device that is given one
+        step after another does not idle in between. A stream that is not finite is undone, whatever it does until then.
+        """
         config, first_look = self._config, not self._results[0].losses
+        watched = on_step is not None or config.threshold is not None
         own_loss_B = torch.zeros(len(self._results), device=self._backbone.device)
         for step in range(config.max_steps + 1):  # the last turn only looks
             last = step == config.max_steps
@@ -238,18 +244,18 @@ class _Trainer:
             own_B = torch.zeros_like(self._running_B)
             for part in parts:
                 own_B[slice(None) if part.rows is None else part.rows] = part.own
-            own_loss_B = torch.where(own_B, loss_B, own_loss_B)
             if on_step is not None:
+                own_loss_B = torch.where(own_B.to(loss_B.device), loss_B, own_loss_B)
                 on_step(step, own_loss_B)
-            self._note(loss_B, own_B)
+            self._unread.append((loss_B, own_B))
+            if watched or last or step == 0:
+                self._read(is_over=last)
             if first_look and step == 0:
                 _check_finite(loss_B)
             if last or not self._running_B.any():
                 break
             rates = [scheduled(peak, step, config.max_steps, config) for peak in self._lessons.peaks]
             take_step(optimizer, self._adapter, self._running_B, *rates)
-            for index in self._running_B.nonzero().flatten().tolist():
-                self._results[index].num_steps += 1
 
     def _parts(self, step: int) -> list[Part]:
         return self._lessons.parts(step, self._running_B, self._teach)
@@ -273,21 +279,28 @@ class _Trainer:
             adapter.restore(now)
         return target
 
-    def _note(self, loss_B: Tensor, own_B: Tensor) -> None:
-        """Write down the running streams' losses on the round's own text, and stop those that are done."""
-        threshold, goes_on_B = self._config.threshold, self._running_B.clone()
-        lines = zip(self._results, loss_B.tolist(), own_B.tolist(), self._running_B.tolist(), strict=True)
-        for index, (result, loss, own, runs) in enumerate(lines):
-            if not runs:
-                continue
-            if own or not math.isfinite(loss):
-                result.losses.append(loss)
-            if not math.isfinite(loss):
-                goes_on_B[index] = False
-            elif own and threshold is not None and loss < threshold:
-                result.outcome = "below_threshold"
-                goes_on_B[index] = False
-        self._running_B = goes_on_B
+    def _read(self, *, is_over: bool) -> None:
+        """Write down losses and steps of the running streams, and stop those that are done.
+
+        Args:
+            is_over: Whether the latest losses were only looked at, without a step after them.
+        """
+        for place, (loss_B, own_B) in enumerate(self._unread):
+            looked = is_over and place == len(self._unread) - 1
+            lines = zip(self._results, loss_B.tolist(), own_B.tolist(), self._running_B.tolist(), strict=True)
+            for index, (result, loss, own, runs) in enumerate(lines):
+                if not runs:
+                    continue
+                if own or not math.isfinite(loss):
+                    result.losses.append(loss)
+                if not math.isfinite(loss):
+                    self._running_B[index] = False
+                elif own and self._config.threshold is not None and loss < self._config.threshold:
+                    result.outcome = "below_threshold"
+                    self._running_B[index] = False
+                elif not looked:
+                    result.num_steps += 1
+        self._unread.clear()
 
 
 def _check_finite(loss_B: Tensor) -> None:

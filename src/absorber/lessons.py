@@ -99,7 +99,7 @@ class Part:
     lesson: Lesson
     """Of those streams alone."""
     rows: Tensor | None
-    """Which they are; None for all."""
+    """Which they are, on the CPU; None for all."""
     own: bool
     """Whether it is the round's own text."""
 
@@ -191,11 +191,11 @@ class LessonsTogether:
         untaught = [index for index, lesson in zip(indices, lessons, strict=True) if lesson.target is None]
         if untaught:
             asked = [self._each[index].of_step(step) for index in untaught]
-            target = ask(Lesson.joined(asked), torch.tensor(untaught, device=running_B.device))
+            target = ask(Lesson.joined(asked), torch.tensor(untaught))
             for place, (index, lesson) in enumerate(zip(untaught, asked, strict=True)):
-                row = torch.tensor([place], device=running_B.device)
+                row = torch.tensor([place])
                 self._each[index].take(lesson, target.rows(row))
-        rows = None if len(indices) == len(self._each) else torch.tensor(indices, device=running_B.device)
+        rows = None if len(indices) == len(self._each) else torch.tensor(indices)
         return Part(Lesson.joined(lessons), rows, lessons[0] is self._each[indices[0]].own)
 
 

@@ -126,7 +126,7 @@ def take_step(
     Args:
         optimizer: From `new_optimizer`.
         adapter: With gradients, clipped.
-        running_B: Which streams learn.
+        running_B: Which streams learn; on the CPU.
         learning_rates: Of this step: one for all streams, or one for each.
     """
     largest = max(learning_rates)
@@ -139,7 +139,7 @@ def take_step(
         group["lr"] = largest
     optimizer.step()
     if begun is not None:
-        share_B = torch.tensor(learning_rates, device=running_B.device).div_(largest).view(-1, 1, 1)
+        share_B = torch.tensor(learning_rates, device=begun[0].device).div_(largest).view(-1, 1, 1)
         adapter.restore(
             [old.lerp(new, share_B.to(old.dtype)) for old, new in zip(begun, adapter.snapshot(), strict=True)]
         )

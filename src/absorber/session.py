@@ -86,7 +86,7 @@ class Session:
             stream,
             sink_id=memory.sink_id,
             guide=None if config.study == "off" else make_guide(tokenizer, model),
-            on_step=self._on_step,
+            on_step=None if progress is None else self._on_step,
             on_round=self._on_round,
             on_work=None if progress is None else self._report,
         )

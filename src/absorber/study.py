@@ -208,7 +208,7 @@ def learn(
         on_step: Told before each step how many of all are done.
     """
     optimizer = torch.optim.AdamW(adapter.up.values(), lr=config.study_learning_rate, weight_decay=0.0, fused=True)
-    everyone_B = torch.ones(len(text_BT), dtype=torch.bool, device=text_BT.device)
+    everyone_B = torch.ones(len(text_BT), dtype=torch.bool)
     graphs = graphs_of(backbone, adapter) if config.cuda_graphs else None
     weights = adapter.parameters()
 

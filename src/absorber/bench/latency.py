@@ -367,7 +367,7 @@ class Desk:
         task, config, adapter = self._task, self.absorb_config(), self.adapter
         lesson = Lesson(self.tokens(task.context_tokens), self.tokens(task.sync_tokens), 0, (1,))
         parts = [Part(lesson, None, own=True)]
-        running_B = torch.ones(self._batch, dtype=torch.bool, device=self._device)
+        running_B = torch.ones(self._batch, dtype=torch.bool)
         optimizer = new_optimizer(adapter.parameters(), config)
         before = adapter.snapshot()
         texts = (lesson.context_BN, lesson.subsequent_BM)
