@@ -7,9 +7,9 @@ import absorber.student
 import absorber.study
 from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
-from absorber.backbone import inspect
+from absorber.backbone import altered_by_others, forward_states, inspect
 from absorber.config import AbsorbConfig
-from absorber.graphs import graphs_of, without_masks
+from absorber.graphs import StepGraphs, graphs_of, is_plain, without_masks
 from absorber.lessons import Past
 from absorber.notes import Notes, given
 from absorber.study import begin
@@ -73,3 +73,47 @@ def test_a_recorded_round_goes_as_a_usual_one(monkeypatch):
         monkeypatch.setattr(module, "graphs_of", lambda *args: None)
     for ours, usual in zip(recorded, rounds(backbone), strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_moved_positions_hide_nothing(name):
+    """The sink is seen from positions that jump, recorded or not."""
+    backbone = inspect(build(name))
+    ids, other = torch.arange(10).repeat(2, 1) + 20, torch.arange(10).repeat(2, 1) + 20
+    other[:, 0] = 7
+    positions = torch.tensor([[0, *range(9, 18)]] * 2)
+    with torch.no_grad():
+        states, changed = (forward_states(backbone, one, position_ids_BT=positions).final_BTD for one in (ids, other))
+        with without_masks(backbone):
+            recorded = forward_states(backbone, ids, position_ids_BT=positions).final_BTD
+    assert (states - changed)[:, 1:].abs().max() > 1e-4
+    torch.testing.assert_close(recorded, states)
+
+
+def test_models_that_cannot_be_recorded():
+    assert is_plain(inspect(build("llama")))
+    config = build("llama").config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert not is_plain(inspect(type(build("llama"))(config)))
+    backbone = inspect(build("llama"))
+    with Adapter.fresh(backbone, CONFIG).attached(backbone):
+        assert not altered_by_others(backbone)
+        handle = backbone.blocks[0].register_forward_hook(lambda *args: None)
+        assert altered_by_others(backbone)
+        handle.remove()
+        assert not altered_by_others(backbone)
+
+
+def test_what_cannot_be_recorded_runs_as_usual_and_few_are_kept(monkeypatch):
+    graphs = StepGraphs([torch.zeros(1)], places=())
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(graphs, "_record", fails)
+    assert graphs.run("a", torch.sum, [torch.ones(2)], None) is None
+    with pytest.warns(UserWarning, match="no room"):
+        assert graphs.run("a", torch.sum, [torch.ones(2)], None) is None
+    for key in range(100):
+        graphs.run(key, torch.sum, [torch.ones(2)], None)
+    assert len(graphs._recorded) < 20

@@ -1,10 +1,12 @@
 """Sessions of different length and age that share rounds end as each would alone."""
 
+import operator
+
 import pytest
 import torch
 
 import absorber.session_batch
-from absorber import AbsorbConfig, ConfigError, ContextError, Session, SessionBatch, StreamConfig
+from absorber import AbsorbConfig, ConfigError, ContextError, DivergedError, Session, SessionBatch, StreamConfig
 from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
 from absorber.lessons import Past
@@ -211,3 +213,57 @@ def test_watching_a_round_changes_nothing_even_where_a_stream_breaks(backbone):
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
     for mixed, single in zip(ours.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(mixed[1:], single, rtol=1e-3, atol=1e-6)
+
+
+def test_a_session_that_is_at_fault_does_not_keep_others(model, tokenizer):
+    together, alone = begin(model, tokenizer, count=3), begin(model, tokenizer, count=3)
+    with torch.no_grad():
+        list(together[1].memory.adapter.up.values())[-1].fill_(float("nan"))
+    texts = [TEXT[:60], TEXT[1:61], TEXT[2:70]]
+    with pytest.raises(DivergedError, match="before the first step"):
+        SessionBatch(together).append(texts)
+    assert together[1].memory.num_rounds == 0
+    for place in (0, 2):
+        alone[place].append(texts[place])
+        assert together[place].window_ids == alone[place].window_ids
+        assert lines(together[place]) == lines(alone[place])
+
+
+def test_memories_of_another_rank_are_absorbed_beside(model, tokenizer):
+    """One was begun with study, and goes on without; its adapter has more ranks than that of a fresh one."""
+    studied = CONFIG.replace(study="light", study_tokens=4, study_cue=1, study_passages=1, study_rank=2)
+    first = Session(model, tokenizer, studied, STREAM)
+    first.append(TEXT[:21])
+    first = Session(model, tokenizer, studied.replace(study="off"), STREAM, memory=first.memory)
+    others = begin(model, tokenizer, studied.replace(study="off"), 2)
+    SessionBatch([first, *others]).append([TEXT[:40]] * 3)
+    assert [session.memory.num_rounds for session in (first, *others)] == [1 + 3, 3, 3]
+
+
+def test_weights_for_a_batch_are_kept_while_kinds_take_turns(model, tokenizer):
+    sessions = [*begin(model, tokenizer, count=2), *begin(model, tokenizer, CONFIG.replace(max_steps=4), 2)]
+    batch = SessionBatch(sessions)
+    batch.append([TEXT[:30]] * 4)
+    kept = list(batch._joined.values())
+    batch.append([TEXT[:30]] * 4)
+    assert len(kept) == 2
+    assert all(map(operator.is_, batch._joined.values(), kept))
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "sgd"])
+def test_the_carried_moments_of_a_stopped_stream_stay(backbone, name):
+    config = CONFIG.replace(optimizer=name, weight_decay=0.1)
+    one = adapter(backbone, config)
+    optimizer, draw = new_optimizer(one.parameters(), config), torch.Generator().manual_seed(1)
+
+    def step(running):
+        for weight in one.parameters():
+            weight.grad = torch.randn(weight.shape, generator=draw)
+        take_step(optimizer, one, torch.tensor(running), 0.01)
+        return [value.clone() for state in optimizer.state.values() for value in state.values() if value.dim() == 3]
+
+    before, weights = step([True, True, True]), one.snapshot()
+    after = step([True, False, True])
+    for old, new in (*zip(before, after, strict=True), *zip(weights, one.parameters(), strict=True)):
+        assert torch.equal(old[1], new[1])
+        assert not torch.equal(old[0], new[0])

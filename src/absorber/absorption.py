@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from absorber.adapter import Adapter, Snapshot
-from absorber.backbone import Backbone, check_positions, forward_states, untouched, with_sink
+from absorber.backbone import Backbone, check_positions, forward_states, on_its_device, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.fused_text import fused
@@ -141,7 +141,7 @@ def absorb_context(
     results = [RoundResult() for _ in range(num_streams)]
     optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
-        with untouched(backbone.model), adapter.attached(backbone), fused(backbone):
+        with untouched(backbone.model), on_its_device(backbone), adapter.attached(backbone), fused(backbone):
             judged = config.held_out_tokens
             if num_generated or subsequent_BM.shape[1] < judged + 2:
                 judged = 0
@@ -243,7 +243,7 @@ class _Trainer:
                 )
             own_B = torch.zeros_like(self._running_B)
             for part in parts:
-                own_B[slice(None) if part.rows is None else part.rows] = part.own
+                own_B[slice(None) if part.rows is None else part.rows] = torch.tensor(part.own)
             if on_step is not None:
                 own_loss_B = torch.where(own_B.to(loss_B.device), loss_B, own_loss_B)
                 on_step(step, own_loss_B)

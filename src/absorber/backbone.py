@@ -261,6 +261,27 @@ class States:
         return States(layers=tuple(join(layer) for layer in self.layers), final_BTD=join(self.final_BTD))
 
 
+def on_its_device(backbone: Backbone) -> contextlib.AbstractContextManager[Any]:
+    """Let the model's GPU be the current one inside the `with` block, as kernels and recordings need it."""
+    return torch.cuda.device(backbone.device) if backbone.device.type == "cuda" else contextlib.nullcontext()
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """All but those that transformers leaves behind to collect hidden states, which sleep until it asks for some."""
+    found = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in found if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+
+
+def altered_by_others(backbone: Backbone) -> bool:
+    """Whether somebody else than this library has hooks on the model's modules, or forwards of their own."""
+    functions = [
+        function
+        for module in (*backbone.decoder.modules(), backbone.head)
+        for function in (*hooks(module), *([vars(module)["forward"]] if "forward" in vars(module) else []))
+    ]
+    return any(not str(getattr(function, "__module__", "")).startswith("absorber.") for function in functions)
+
+
 def forward_states(
     backbone: Backbone,
     input_ids_BT: Tensor,
@@ -305,7 +326,10 @@ def forward_states(
                 handles.append(backbone.blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
             elif index < num_layers:
                 handles.append(backbone.blocks[index].register_forward_hook(keeper(index)))
-        extra = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        extra = {}
+        if position_ids_BT is not None:
+            # Without a mask transformers takes a jump of the positions for the beginning of another text.
+            extra = {"position_ids": position_ids_BT, "attention_mask": torch.ones_like(input_ids_BT)}
         output = backbone.decoder(input_ids=input_ids_BT, use_cache=False, **extra)
     finally:
         for handle in handles:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, cache_argument
+from absorber.backbone import Backbone, cache_argument, on_its_device
 from absorber.errors import ConfigError, ContextError
 from absorber.fused_text import fused
 from absorber.fused_token import FusedStep, fusable, hooked
@@ -35,17 +35,13 @@ Way = Literal["beside", "merged"]
 
 _BLOCK = 64
 _AHEAD = 16
-# Of these the angles change with the length of what was read, which a recorded step would not see.
-_CHANGING_ROPE = {"dynamic", "longrope"}
 
 
 def usable(backbone: Backbone) -> bool:
     """Whether this model can be decoded with `StaticDecoder`."""
-    rope = getattr(backbone.model.config, "rope_parameters", None) or {}
     places = {parameter.device for parameter in backbone.model.parameters()}
     return (
         is_plain(backbone)
-        and rope.get("rope_type", "default") not in _CHANGING_ROPE
         and len(places) == 1
         and backbone.device.type in ("cpu", "cuda")
         and all(type(projection) is nn.Linear for projection in backbone.projections.values())
@@ -110,6 +106,7 @@ class StaticDecoder:
         self._beside: Adapter | None = None
         self._merged: dict[str, Tensor] = {}
         self._fused: FusedStep | None = None
+        self._places: tuple[int, ...] = ()
         self._begin_graphs()
         self.reset()
 
@@ -141,7 +138,7 @@ class StaticDecoder:
         After any error nothing is held as read.
         """
         num_tokens = token_ids_BT.shape[1]
-        try:
+        with self._all_or_nothing():
             self._prepare(num_tokens)
             token_ids_BT = token_ids_BT.to(self._backbone.device)
             if num_tokens == 1 and self.num_tokens:
@@ -150,6 +147,13 @@ class StaticDecoder:
                 return
             for start in range(0, num_tokens, self._read_tokens):
                 self._read_piece(token_ids_BT[:, start : start + self._read_tokens])
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """On the model's device; after any error nothing is held as read."""
+        try:
+            with on_its_device(self._backbone):
+                yield
         except BaseException:
             self.reset()
             raise
@@ -181,13 +185,10 @@ class StaticDecoder:
         """
         self._check_spoken()
         start = self.num_tokens
-        try:
+        with self._all_or_nothing():
             self._prepare(num_tokens)
             for _ in range(num_tokens):
                 self._go_on()
-        except BaseException:
-            self.reset()
-            raise
         return self._history_BC[:, start : start + num_tokens].clone()
 
     @contextlib.contextmanager
@@ -329,6 +330,10 @@ class StaticDecoder:
         if self._cache is None or needed > self._capacity:
             self._allocate(max(self._capacity, -(-needed // _BLOCK) * _BLOCK))
         if self.num_tokens == 0:
+            places = tuple(weight.data_ptr() for weight in self._backbone.model.parameters())
+            if places != self._places:  # the model was moved, or has other weights
+                self._places, self._fused = places, None
+                self._begin_graphs()
             self._place_1.zero_()
             self._take_memory()
 

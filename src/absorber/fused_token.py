@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from absorber import kernels, kernels_token
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone
+from absorber.backbone import Backbone, hooks
 from absorber.kernels_token import Norm, Products
 from absorber.merging import in_decoder, side_by_side
 from absorber.one_token import attend_one
@@ -59,13 +59,7 @@ def _known(backbone: Backbone, index: int) -> bool:
 
 def hooked(backbone: Backbone) -> bool:
     """Whether somebody has hooks on the model's modules, or forwards of their own, which only modules run."""
-    return any("forward" in vars(module) or _hooks(module) for module in (*backbone.decoder.modules(), backbone.head))
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    """All but those that transformers leaves behind to collect hidden states, which sleep until it asks for some."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    return any("forward" in vars(module) or hooks(module) for module in (*backbone.decoder.modules(), backbone.head))
 
 
 @dataclass(frozen=True, slots=True)

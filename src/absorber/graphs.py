@@ -3,13 +3,14 @@
 A step over 24 short texts of a 135M model takes longer to launch than to compute. A graph has the shapes, the adapter's
 addresses and the settings frozen in it; its inputs are copied into tensors of its own before each replay.
 
-Where a step cannot be recorded it runs as usual: without CUDA, with a model outside `_RECORDABLE`, on a shape that is
-seen for the first time.
+Where a step cannot be recorded it runs as usual: without CUDA, with a model outside `_RECORDABLE` or one that somebody
+has hooks on, on a shape that is seen for the first time, and for some of a batch's streams alone.
 """
 
 import contextlib
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone
+from absorber.backbone import Backbone, altered_by_others
 
 # Decoders that do nothing but causal attention and feed-forward, and so need no mask for texts without padding.
 _RECORDABLE = {"llama", "mistral", "qwen2", "qwen3"}
 _MASKLESS = "absorber_causal"
+# Of these the angles change with the length of what was read, which a recorded step would not see.
+_CHANGING_ROPE = {"dynamic", "longrope"}
+# Each holds gradients of a whole adapter.
+_MOST_RECORDED = 12
 
 Compute = Callable[..., Tensor]
 
@@ -40,12 +45,14 @@ class _Recorded:
 class StepGraphs:
     """The graphs of one adapter."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], places: Hashable) -> None:
         """Begin with none.
 
         Args:
             weights: The adapter's.
+            places: Where the model's weights and the adapter's are, which graphs have in them.
         """
+        self.places = places
         self._weights = weights
         self._recorded: dict[Any, _Recorded | None] = {}
         self._pool: Any = None
@@ -67,15 +74,23 @@ class StepGraphs:
                 `grad` as it is.
 
         Returns:
-            The losses, without gradient; None on the first call with this key, which has to run as usual.
+            The losses, without gradient; None on the first call with this key, which has to run as usual, and where
+            the step cannot be recorded.
         """
         key = (key, finish is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._recorded:
+            while len(self._recorded) >= _MOST_RECORDED:
+                del self._recorded[next(iter(self._recorded))]
             self._recorded[key] = None  # kernels are chosen and compiled by a usual run
             return None
         found = self._recorded[key]
         if found is None:
-            found = self._recorded[key] = self._record(compute, inputs, finish)
+            try:
+                found = self._recorded[key] = self._record(compute, inputs, finish)
+            except RuntimeError as error:  # the device's memory, or an operation that cannot be recorded
+                del self._recorded[key]
+                warnings.warn(f"a step could not be recorded and runs as usual: {error}", stacklevel=2)
+                return None
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
         found.graph.replay()
@@ -106,8 +121,10 @@ def is_plain(backbone: Backbone) -> bool:
     """Whether the model does nothing but causal attention over everything, and feed-forward."""
     config = backbone.model.config
     windows = [getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or [])]
+    rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in _RECORDABLE
+        and rope.get("rope_type", "default") not in _CHANGING_ROPE
         and config._attn_implementation == "sdpa"
         and all(window in (None, "full_attention") for window in windows)
     )
@@ -115,13 +132,22 @@ def is_plain(backbone: Backbone) -> bool:
 
 def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
     """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
-    if backbone.device.type != "cuda" or not is_plain(backbone):
+    if backbone.device.type != "cuda" or not is_plain(backbone) or altered_by_others(backbone):
         return None
     if any(type(projection) is not nn.Linear for projection in backbone.projections.values()):
         return None  # quantized, by kernels of which nobody said that they can be recorded
-    if len({weight.device for weight in backbone.model.parameters()}) > 1:
+    weights = [*backbone.model.parameters(), *adapter.parameters()]
+    if len({weight.device for weight in weights}) > 1:
         return None
-    return _graphs_of.setdefault(adapter, StepGraphs(adapter.parameters()))
+    places, found = tuple(weight.data_ptr() for weight in weights), _graphs_of.get(adapter)
+    if found is None or found.places != places:
+        found = _graphs_of[adapter] = StepGraphs(adapter.parameters(), places)
+    return found
+
+
+def forget(adapter: Adapter) -> None:
+    """Give back the graphs of an adapter, and the memory that they hold."""
+    _graphs_of.pop(adapter, None)
 
 
 @contextlib.contextmanager

@@ -33,8 +33,10 @@ def usable_on(kind: str) -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can run on these tensors."""
-    return triton is not None and all(tensor.is_cuda for tensor in tensors)
+    """Whether the kernels can run on these tensors: of several GPUs they do on the current one."""
+    return triton is not None and all(
+        tensor.is_cuda and tensor.device.index == torch.cuda.current_device() for tensor in tensors
+    )
 
 
 def weighted_losses(

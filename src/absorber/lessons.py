@@ -100,8 +100,8 @@ class Part:
     """Of those streams alone."""
     rows: Tensor | None
     """Which they are, on the CPU; None for all."""
-    own: bool
-    """Whether it is the round's own text."""
+    own: tuple[bool, ...] | bool
+    """Whether it is the round's own text: of each of those streams, or of all."""
 
 
 Ask = Callable[[Lesson, Tensor | None], Target]
@@ -182,8 +182,7 @@ class LessonsTogether:
         for index in running_B.nonzero().flatten().tolist():
             lesson = self._each[index].of_step(step)
             shape = (lesson.context_BN.shape, lesson.subsequent_BM.shape, lesson.num_generated, lesson.pieces(step))
-            own = lesson is self._each[index].own
-            groups.setdefault((shape, lesson.is_anchor, own), []).append(index)
+            groups.setdefault((shape, lesson.is_anchor), []).append(index)
         return [self._part(step, indices, running_B, ask) for indices in groups.values()]
 
     def _part(self, step: int, indices: list[int], running_B: Tensor, ask: Ask) -> Part:
@@ -196,7 +195,8 @@ class LessonsTogether:
                 row = torch.tensor([place])
                 self._each[index].take(lesson, target.rows(row))
         rows = None if len(indices) == len(self._each) else torch.tensor(indices)
-        return Part(Lesson.joined(lessons), rows, lessons[0] is self._each[indices[0]].own)
+        own = tuple(lesson is self._each[index].own for index, lesson in zip(indices, lessons, strict=True))
+        return Part(Lesson.joined(lessons), rows, own)
 
 
 def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:

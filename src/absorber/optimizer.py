@@ -4,7 +4,7 @@ Every update is made of a stream's own gradients, so that streams do not touch e
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -130,21 +130,33 @@ def take_step(
         learning_rates: Of this step: one for all streams, or one for each.
     """
     largest = max(learning_rates)
-    # Momentum and weight decay would move a stopped stream even without a gradient.
+    weights = adapter.parameters()
+    # Momentum and weight decay would move a stopped stream even without a gradient, and its moments as well.
     stopped_B = None if running_B.all() else ~running_B
-    held = None if stopped_B is None else adapter.snapshot(stopped_B)
+    held = None if stopped_B is None else [tensor[stopped_B].clone() for tensor in _by_stream(optimizer, weights)]
     # Every optimizer's step is as long as its rate, also that of weight decay.
     begun = adapter.snapshot() if min(learning_rates) < largest else None
     for group in optimizer.param_groups:
         group["lr"] = largest
     optimizer.step()
-    if begun is not None:
-        share_B = torch.tensor(learning_rates, device=begun[0].device).div_(largest).view(-1, 1, 1)
-        adapter.restore(
-            [old.lerp(new, share_B.to(old.dtype)) for old, new in zip(begun, adapter.snapshot(), strict=True)]
-        )
-    if held is not None:
-        adapter.restore(held, stopped_B)
+    with torch.no_grad():
+        if begun is not None:
+            share_B = torch.tensor(learning_rates, device=begun[0].device).div_(largest).view(-1, 1, 1)
+            for weight, old in zip(weights, begun, strict=True):
+                weight.copy_(old.lerp(weight, share_B.to(old.dtype)))
+        if held is not None:
+            for tensor, saved in zip(
+                _by_stream(optimizer, weights), held, strict=False
+            ):  # moments may be new, and zero
+                tensor[stopped_B] = saved
+            for tensor in _by_stream(optimizer, weights)[len(held) :]:
+                tensor[stopped_B] = 0
+
+
+def _by_stream(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Everything that has a row for each stream: the weights, and the optimizer's moments of them."""
+    moments = [value for weight in weights for value in optimizer.state.get(weight, {}).values()]
+    return [*weights, *(value for value in moments if isinstance(value, Tensor) and value.dim() == 3)]
 
 
 def clip(adapter: Adapter, norm: float | None) -> None:

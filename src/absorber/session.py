@@ -15,6 +15,7 @@ from absorber.decoding import StaticDecoder, Way, new_decoder
 from absorber.errors import ContextError, MemoryFileError
 from absorber.gate import Rule, helps
 from absorber.generation import Decoder, choose_token
+from absorber.graphs import forget
 from absorber.memory import Memory, Round
 from absorber.notes import make_guide
 from absorber.progress import OnProgress, Progress
@@ -100,6 +101,7 @@ class Session:
     ) -> None:
         self._decoder.release()
         self._bare.release()
+        forget(self.memory.adapter)
 
     # --- State
 

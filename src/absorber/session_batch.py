@@ -9,10 +9,12 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from absorber.adapter import Adapter
-from absorber.errors import ConfigError, ContextError
+from absorber.errors import ConfigError, ContextError, DivergedError
 from absorber.session import Session
 from absorber.stream import Stream, absorb_together
 from absorber.text import cut
+
+_MOST_JOINED = 4
 
 
 class SessionBatch:
@@ -43,8 +45,7 @@ class SessionBatch:
             raise ConfigError(f"at_most is 1 or more; got {at_most}")
         self.sessions = list(sessions)
         self._at_most = at_most
-        # Kept from round to round, for the steps that were recorded of it.
-        self._joined: tuple[Hashable, int, Adapter] | None = None
+        self._joined: dict[Hashable, Adapter] = {}
 
     def append(self, texts: Sequence[str]) -> list[int]:
         """Read a text at the end of each session, absorbing what leaves the windows.
@@ -58,7 +59,8 @@ class SessionBatch:
         Raises:
             ContextError: If there is not one for each session.
             AbsorptionError: If a round cannot be carried out. Nothing is lost: texts stay in the windows or pending,
-                and the next call, also with empty texts, goes on.
+                and the next call, also with empty texts, goes on. A session whose text or memory is at fault does not
+                keep the others from their rounds.
         """
         self._check(texts)
         token_ids = [
@@ -74,23 +76,39 @@ class SessionBatch:
         streams = [session.stream for session in self.sessions]
         for stream, own in zip(streams, token_ids, strict=True):
             stream.give(torch.tensor([list(own)], dtype=torch.long))
-        while due := [stream for stream in streams if stream.fill()]:
+        failed: dict[int, DivergedError] = {}
+        while due := [stream for stream in streams if id(stream) not in failed and stream.fill()]:
             groups: dict[Hashable, list[Stream]] = {}
             for stream in due:
                 groups.setdefault(stream.kind, []).append(stream)
             for kind, group in groups.items():
-                self._absorb(kind, group)
+                size = 1 if kind is None else self._at_most or len(group)
+                for first in range(0, len(group), size):
+                    failed |= self._absorb(kind, group[first : first + size])
+        if failed:  # when all others are done
+            raise next(iter(failed.values()))
 
-    def _absorb(self, kind: Hashable, group: list[Stream]) -> None:
-        size = 1 if kind is None else self._at_most or len(group)
-        for some in (group[first : first + size] for first in range(0, len(group), size)):
-            if len(some) == 1:
-                some[0].absorb()
-                continue
-            if self._joined is None or self._joined[:2] != (kind, len(some)):
-                self._joined = None  # before another one is made
-                self._joined = kind, len(some), Adapter.joined([stream.adapter for stream in some])
-            absorb_together(some, self._joined[2])
+    def _absorb(self, kind: Hashable, streams: list[Stream]) -> dict[int, DivergedError]:
+        """One round of each; return those that cannot be absorbed, with what is wrong with them."""
+        try:
+            if len(streams) == 1:
+                streams[0].absorb()
+            else:
+                absorb_together(streams, self._joined_for(kind, streams))
+        except DivergedError as error:
+            if len(streams) == 1:
+                return {id(streams[0]): error}
+            return {place: error for stream in streams for place, error in self._absorb(kind, [stream]).items()}
+        return {}
+
+    def _joined_for(self, kind: Hashable, streams: list[Stream]) -> Adapter:
+        """Weights for so many streams, kept from round to round for the steps that were recorded of them."""
+        key = kind, len(streams)
+        if key not in self._joined:
+            while len(self._joined) >= _MOST_JOINED:
+                del self._joined[next(iter(self._joined))]
+            self._joined[key] = Adapter.joined([stream.adapter for stream in streams])
+        return self._joined[key]
 
     def _check(self, given: Sequence[object]) -> None:
         if len(given) != len(self.sessions):

@@ -197,7 +197,8 @@ class Stream:
         if config.study != "off" or self.optimizer is not None or self.adapter.num_streams > 1:
             return None
         taught_BT, subsequent_BM = self.next_texts(self.window_BT[:, :0])
-        return (id(self._backbone.model), config, self._sink_id, taught_BT.shape, subsequent_BM.shape)
+        shape = (self.adapter.rank, self.adapter.alpha, taught_BT.shape, subsequent_BM.shape)
+        return (id(self._backbone.model), config, self._sink_id, *shape)
 
     def next_texts(self, generated_BT: Tensor) -> tuple[Tensor, Tensor]:
         """What the next round is of: X, with what the teacher reads before it, and Y."""
@@ -281,6 +282,12 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
             if stream._on_step is not None:
                 stream._on_step(step, loss_B[index : index + 1])
 
+    # What the base writes from nothing is the same for all of them.
+    anchors = next((stream.anchors for stream in streams if stream.anchors is not None), None)
+    for stream in streams:
+        if stream.anchors is None:
+            stream.anchors = anchors
+        anchors = stream.earlier().anchors
     texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
     batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])
     results = absorb_context(

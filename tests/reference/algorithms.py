@@ -16,6 +16,7 @@ def read(run, model, token_ids, *, first, position_ids=None):
     inputs = {"input_ids": torch.tensor([token_ids]), "output_hidden_states": True, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = torch.tensor([position_ids])
+        inputs["attention_mask"] = torch.ones(1, len(token_ids))  # without it a jump begins another text
     output = run(model, **inputs)
     hook.remove()
     states = [*output.hidden_states[:-1], blocks_output[-1]]
