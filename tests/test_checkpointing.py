@@ -7,7 +7,7 @@ from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import checkpointed, inspect
 from absorber.config import AbsorbConfig
-from absorber.lessons import Lesson
+from absorber.lessons import Lesson, Part
 from absorber.student import gradients
 from absorber.teacher import teach
 from architectures import ARCHITECTURES, build
@@ -35,12 +35,12 @@ def step(backbone, *, checkpointing):
             kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    running = torch.ones(2, dtype=torch.bool)
     backbone.model.requires_grad_(False)
     with adapter.attached(backbone):
         lesson.target = teach(backbone, adapter, lesson.context_BN, lesson.subsequent_BM, config, sink_id=0)
+        parts = [Part(lesson, None, own=True)]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = gradients(backbone, adapter, adapter.snapshot(), lesson, config, running, sink_id=0, segments=1)
+            losses = gradients(backbone, adapter, adapter.snapshot(), parts, config, sink_id=0, step=0)
     return losses, [weight.grad for weight in adapter.parameters()], sum(kept.values())
 
 

@@ -234,6 +234,26 @@ def test_merging_in_bfloat16_keeps_small_changes_in_the_mean():
     assert nearest / wanted < 0.3  # what rounding to the nearest leaves of them
 
 
+def test_merging_rounds_to_a_neighbour_and_to_the_same_one_each_time():
+    backbone = inspect(build("llama").bfloat16())
+    adapter, merged, again = learned(backbone), {}, {}
+    for target in (merged, again):
+        merge(backbone, adapter, target)
+    places = {name: weight.data_ptr() for name, weight in again.items()}
+    merge(backbone, adapter, again)
+    generator = torch.Generator().manual_seed(0)
+    for name in adapter.down:
+        key = f"{name.removeprefix('model.')}.weight"
+        assert torch.equal(again[key], merged[key])
+        assert again[key].data_ptr() == places[key]
+        weight = backbone.projections[name].weight.detach().float()
+        exact = weight.addmm(adapter.up[name][0], adapter.down[name][0], alpha=adapter.scale).detach()
+        noise = torch.randint(0, 2**16, exact.shape, dtype=torch.int32, generator=generator)
+        rounded = exact.view(torch.int32).add(noise).bitwise_and(-(2**16)).view(torch.float32)
+        assert torch.equal(merged[key].float(), rounded)
+        assert bool(((merged[key].float() - exact).abs() <= exact.abs() * 2**-7).all())
+
+
 def test_a_fresh_memory_merges_to_the_base():
     backbone = inspect(build("llama").bfloat16())
     merged = {}

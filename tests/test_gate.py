@@ -50,7 +50,7 @@ def test_a_closed_gate_gives_the_answer_of_the_base(monkeypatch, session, model,
         seen.append((with_memory, without, asked))
         return torch.tensor([is_open])
 
-    monkeypatch.setattr("absorber.session.opens", decide)
+    monkeypatch.setattr("absorber.gate.opens", decide)
     window, before = session.window_ids, session.memory.adapter.snapshot()
     plain = Session(model, tokenizer, session.memory.config, session.memory.stream)
     plain._stream.window_BT = torch.tensor([window])
@@ -63,7 +63,7 @@ def test_a_closed_gate_gives_the_answer_of_the_base(monkeypatch, session, model,
     assert asked == rule
     assert not torch.equal(own.nll_B, base.nll_B)
     # The base's reading is that of a session without memory; the adapter was off.
-    question = session._tokenize(as_turn(tokenizer, "It was the"))
+    question = session.tokenize(as_turn(tokenizer, "It was the"))
     ids = torch.tensor([[session.memory.sink_id, *window, *question]])
     with torch.no_grad():
         logits = model(ids).logits[0].log_softmax(dim=-1)
@@ -76,7 +76,7 @@ def test_a_closed_gate_gives_the_answer_of_the_base(monkeypatch, session, model,
 
 def test_the_setting_of_the_stream_is_the_default(monkeypatch, session):
     asked = []
-    monkeypatch.setattr("absorber.session.opens", lambda own, base, rule: asked.append(rule) or torch.tensor([True]))
+    monkeypatch.setattr("absorber.gate.opens", lambda own, base, rule: asked.append(rule) or torch.tensor([True]))
     session.memory.stream = session.memory.stream.replace(gate="entropy")
     session.ask("It was the")
     session.ask("It was the", gate="likelihood")

@@ -5,7 +5,7 @@ import torch
 
 import absorber.student
 import absorber.study
-from absorber.absorption import absorb_context
+from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.config import AbsorbConfig
@@ -57,9 +57,7 @@ def rounds(backbone):
             sink_id=0,
             notes=notes,
             studied=studied,
-            past=past,
-            anchors=anchors,
-            round_number=number,
+            earlier=Earlier(past, anchors, number),
         )
         past.append(Past(context.cpu(), subsequent.cpu()))
         studied.append(notes)

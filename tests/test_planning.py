@@ -13,9 +13,9 @@ from absorber.backbone import checkpointed, forward_states, inspect
 from absorber.bench.geometry import geometry_config
 from absorber.decoding import StaticDecoder
 from absorber.fused_text import fused
-from absorber.lessons import Lesson
+from absorber.lessons import Lesson, Part
 from absorber.optimizer import new_optimizer, scheduled, take_step
-from absorber.planning import SPARE, Rates, absorb_ms, needs, plan, shape_of
+from absorber.planning import SPARE, Rates, absorb_ms, decode_ms, needs, plan, shape_of
 from absorber.student import gradients
 from absorber.teacher import teach
 
@@ -57,7 +57,7 @@ def test_weights_adapter_optimizer_and_states_are_exact(dtype, optimizer):
     running, before = torch.ones(2, dtype=torch.bool), adapter.snapshot()
     with adapter.attached(backbone):
         lesson.target = teach(backbone, adapter, lesson.context_BN, lesson.subsequent_BM, preset.absorb, sink_id=0)
-        gradients(backbone, adapter, before, lesson, preset.absorb, running, sink_id=0, segments=1)
+        gradients(backbone, adapter, before, [Part(lesson, None, own=True)], preset.absorb, sink_id=0, step=0)
     own = new_optimizer(adapter.parameters(), preset.absorb)
     take_step(own, adapter, running, scheduled(1e-3, 0, 4, preset.absorb))
     moments = [tensor for state in own.state.values() for tensor in state.values() if tensor.dim()]
@@ -103,8 +103,8 @@ def test_activations_are_nearly_what_torch_keeps(dtype, checkpointing, with_kern
     if checkpointing:  # one block at a time is computed again
         whole = needs(shape, replaced(checkpointing=False), weight_bytes=dtype.itemsize, device="cpu").activations
         assert expected < whole / 2
-        expected -= whole // 3
-        assert found == pytest.approx(expected, rel=0.5)
+        expected += 129 * 64 * 4 - whole // 3  # and the last norm, which is computed in float32
+        assert found == pytest.approx(expected, rel=0.1)
     else:
         assert found == pytest.approx(expected, rel=0.06)
 
@@ -204,18 +204,65 @@ def test_something_that_is_no_language_model():
         shape_of(ViTConfig())
 
 
+H100, H200 = Rates(flops=761e12, bandwidth=2.95e12), Rates(flops=770e12, bandwidth=4.2e12)
+"""Measured on the devices that the following was measured on."""
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "num_streams", "flops", "measured"),
+    ("name", "changes", "num_streams", "rates", "measured"),
     [
-        ("llama2-7b", {}, 1, 761e12, 2.456),
-        ("llama2-7b", {"checkpointing": True}, 1, 761e12, 3.352),
-        ("smollm2-135m", {"max_steps": 8}, 24, 789e12, 2.692),
+        ("llama2-7b", {}, 1, H100, 2.456),
+        ("llama2-7b", {"checkpointing": True}, 1, H100, 3.352),
+        ("smollm2-135m", {"max_steps": 8}, 24, Rates(flops=789e12, bandwidth=2.95e12), 2.692),
+        ("llama2-7b", {}, 1, H200, 2.414),
+        ("llama2-7b", {"checkpointing": True}, 1, H200, 3.321),
+        ("llama2-7b", {}, 8, H200, 16.43),
+        ("smollm2-135m", {"max_steps": 8}, 24, H200, 2.537),
     ],
 )
-def test_a_round_takes_nearly_what_was_measured(name, changes, num_streams, flops, measured, monkeypatch):
-    """Milliseconds a token on one H100 (records/latency, records/cost), which the estimate is fitted to."""
+def test_a_round_takes_nearly_what_was_measured(name, changes, num_streams, rates, measured, monkeypatch):
+    """Milliseconds a token (records/latency, records/cost)."""
     monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
-    shape, rates = shape_of(geometry_config(name)), Rates(flops=flops, bandwidth=2.95e12)
     preset = Preset(absorb=AbsorbConfig(**changes), stream=StreamConfig())
+    shape = shape_of(geometry_config(name))
     estimate = absorb_ms(shape, preset, rates, weight_bytes=2, num_streams=num_streams)
     assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("rates", "merged", "measured"), [(H100, True, 5.11), (H100, False, 5.81), (H200, True, 4.02), (H200, False, 4.86)]
+)
+def test_a_token_takes_nearly_what_was_measured(rates, merged, measured):
+    """Milliseconds, LLaMA2-7B with 1280 tokens in view (notes/log.md, records/latency)."""
+    preset = Preset(absorb=AbsorbConfig(), stream=StreamConfig(context_tokens=256, sync_tokens=1024))
+    shape = shape_of(geometry_config("llama2-7b"))
+    found = needs(shape, preset, weight_bytes=2)
+    estimate = decode_ms(shape, preset, found, rates, weight_bytes=2, merged=merged)
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+def test_a_plan_tells_both_ways_of_writing():
+    one, many = choose(gigabytes=100), choose(gigabytes=100, num_streams=2)
+    assert one.merged_decode_ms < one.decode_ms < many.decode_ms
+
+
+@pytest.mark.parametrize(
+    ("quantization", "window", "checkpointing", "measured"),
+    [
+        ("none", (1024, 2048), True, 17.385e9),
+        ("none", (512, 1024), False, 21.128e9),
+        ("4bit", (1024, 2048), True, 7.828e9),
+        ("4bit", (512, 1024), False, 11.563e9),
+    ],
+)
+def test_a_round_takes_nearly_the_memory_that_was_measured(quantization, window, checkpointing, measured, monkeypatch):
+    """Bytes allocated at the peak, LLaMA2-7B on one H200, steps not recorded, nothing decoded (notes/log.md)."""
+    monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
+    stream = StreamConfig(context_tokens=window[0], sync_tokens=window[1])
+    preset = Preset(absorb=AbsorbConfig(checkpointing=checkpointing), stream=stream)
+    shape = shape_of(geometry_config("llama2-7b"))
+    found = needs(shape, preset, weight_bytes=2, quantization=quantization)
+    for_decoding = found.cache + shape.projection_features * preset.absorb.rank * 2
+    counted = found.total - for_decoding
+    assert counted == pytest.approx(measured, rel=0.15)
+    assert counted > measured

@@ -23,6 +23,7 @@ NAMES = [
     "Progress",
     "Round",
     "Session",
+    "SessionBatch",
     "SessionBusyError",
     "SessionError",
     "SessionNotFoundError",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import absorber.stream
 from absorber import AbsorbConfig, ConfigError, ContextError, StreamConfig
-from absorber.absorption import RoundResult, absorb_context
+from absorber.absorption import Earlier, RoundResult, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.optimizer import new_optimizer
@@ -58,8 +58,9 @@ class Absorbed:
             raise Interrupted
         self.rounds.append((context_BN.tolist(), subsequent_BM.tolist()))
         self.num_generated.append(kwargs["num_generated"])
-        self.given.append((list(kwargs["past"]), kwargs["anchors"]))
-        self.numbers.append(kwargs["round_number"])
+        earlier = kwargs["earlier"]
+        self.given.append((list(earlier.past), earlier.anchors))
+        self.numbers.append(earlier.round_number)
         return [RoundResult(losses=[1.0, 0.5]) for _ in range(context_BN.shape[0])]
 
 
@@ -164,10 +165,10 @@ def test_one_optimizer_for_the_stream_or_one_per_round(backbone, optimizer_state
             config,
             sink_id=0,
             optimizer=optimizer,
-            round_number=number,
+            earlier=Earlier(round_number=number),
         )
     assert stream.num_rounds == 2
-    assert all(map(torch.equal, stream._adapter.parameters(), adapter.parameters()))
+    assert all(map(torch.equal, stream.adapter.parameters(), adapter.parameters()))
 
 
 @pytest.mark.parametrize("teacher_tokens", [1, 4, 100])
@@ -227,16 +228,16 @@ def test_continuing_after_an_interruption_ends_bit_for_bit_the_same(backbone, ba
 
     stream = make(backbone, (6, 9), config=config, on_step=on_step)
     before = []
-    stream._on_round = lambda rounds: before.append(products(stream._adapter))
-    start = products(stream._adapter)
+    stream._on_round = lambda rounds: before.append(products(stream.adapter))
+    start = products(stream.adapter)
     with pytest.raises(error):
         stream.append(real_tokens(40))
-    assert all(map(torch.equal, products(stream._adapter), before[-1] if before else start))
+    assert all(map(torch.equal, products(stream.adapter), before[-1] if before else start))
     armed = False
     stream.append(real_tokens(0))
     assert stream.num_rounds == 5
     assert torch.equal(stream.window_BT, undisturbed.window_BT)
-    assert all(map(torch.equal, stream._adapter.parameters(), undisturbed._adapter.parameters()))
+    assert all(map(torch.equal, stream.adapter.parameters(), undisturbed.adapter.parameters()))
     kept, expected = (
         [part for past in each.reservoir.items for part in (past.context_BN, past.subsequent_BM)]
         for each in (stream, undisturbed)
@@ -264,7 +265,7 @@ def test_a_batch_of_streams_is_as_many_single_ones(model, config):
         for ours, alone in zip(batch.reservoir.items, single.reservoir.items, strict=True):
             assert torch.equal(ours.context_BN[row : row + 1], alone.context_BN)
             assert torch.equal(ours.subsequent_BM[row : row + 1], alone.subsequent_BM)
-        for ours, alone in zip(batch._adapter.parameters(), single._adapter.parameters(), strict=True):
+        for ours, alone in zip(batch.adapter.parameters(), single.adapter.parameters(), strict=True):
             torch.testing.assert_close(ours[row], alone[0], rtol=1e-3, atol=1e-5)
 
 
@@ -298,7 +299,7 @@ def test_flush_lets_the_teacher_write(monkeypatch, backbone, teacher):
         monkeypatch.setattr(absorber.stream, "absorb_context", absorbed)
         stream = make(backbone, (6, 9), config=CONFIG.replace(teacher=teacher))
         with torch.no_grad():
-            for weight in stream._adapter.up.values():
+            for weight in stream.adapter.up.values():
                 weight.fill_(strength)
         stream.append(real_tokens(10))
         stream.flush(eos_ids={0}, generator=torch.Generator().manual_seed(0))

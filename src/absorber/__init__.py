@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from absorber.models import load
     from absorber.progress import Progress
     from absorber.session import Session
+    from absorber.session_batch import SessionBatch
 
 # These import torch, so they are imported when first used (PEP 562).
 _LAZY = {
@@ -44,6 +45,7 @@ _LAZY = {
     "Round": "absorber.memory",
     "Progress": "absorber.progress",
     "Session": "absorber.session",
+    "SessionBatch": "absorber.session_batch",
     "absorb": "absorber.absorbing",
     "load": "absorber.models",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "Progress",
     "Round",
     "Session",
+    "SessionBatch",
     "SessionBusyError",
     "SessionError",
     "SessionNotFoundError",

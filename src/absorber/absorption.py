@@ -25,9 +25,9 @@ from absorber.backbone import Backbone, check_positions, forward_states, untouch
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.fused_text import fused
-from absorber.lessons import Lesson, Lessons, Past
+from absorber.lessons import Lesson, Lessons, LessonsTogether, Part, Past
 from absorber.notes import Notes
-from absorber.optimizer import new_optimizer, scheduled, settled, take_step
+from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.student import gradients, look
 from absorber.study import learn
 from absorber.subsequent import OnCount
@@ -64,6 +64,18 @@ class RoundResult:
         return self.outcome.startswith("rolled_back")
 
 
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What a stream brings into a round from those before."""
+
+    past: Sequence[Past] = ()
+    """Earlier rounds, to train on again."""
+    anchors: Tensor | None = None
+    """Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is."""
+    round_number: int = 1
+    """Decides together with the seed which step trains on what."""
+
+
 def absorb_context(
     backbone: Backbone,
     adapter: Adapter,
@@ -75,9 +87,7 @@ def absorb_context(
     num_generated: int = 0,
     notes: Notes | None = None,
     studied: Sequence[Notes] = (),
-    past: Sequence[Past] = (),
-    anchors: Tensor | None = None,
-    round_number: int = 1,
+    earlier: Earlier | Sequence[Earlier] = Earlier(),
     optimizer: torch.optim.Optimizer | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
     on_study: OnCount | None = None,
@@ -96,9 +106,8 @@ def absorb_context(
         notes: What is studied of X before, from `notes.take_notes`; the adapter's part for it has begun
             (`study.begin`).
         studied: Notes of earlier rounds, to be studied again.
-        past: Earlier rounds, to train on again.
-        anchors: Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is.
-        round_number: Decides together with the seed which step trains on what.
+        earlier: What the rounds before left: one for all streams, which are of one age then, or one for each, which
+            may differ; each then trains on what it would train on alone. With several nothing is studied.
         optimizer: One from `new_optimizer`, to carry its state over rounds; a new one by default.
         on_step: Called before each step with its number and the latest losses [B] on the round's own text.
         on_study: Called before each step of study with its number and how many there are.
@@ -138,15 +147,10 @@ def absorb_context(
                 judged = 0
             trained_BM = subsequent_BM[:, : subsequent_BM.shape[1] - judged]
             own = Lesson(context_BN, trained_BM, num_generated, config.segments)
-            lessons = Lessons(
-                own,
-                past=past,
-                anchors=anchors,
-                config=config,
-                round_number=round_number,
-            )
-            if notes is not None:
-                _look(backbone, adapter, before, lessons.own, results, config, sink_id=sink)
+            lessons = _lessons(own, earlier, config)
+            trainer = _Trainer(backbone, adapter, before, lessons, results, config, sink_id=sink)
+            if notes is not None and isinstance(earlier, Earlier):
+                trainer.look()
                 learn(
                     backbone,
                     adapter,
@@ -155,11 +159,10 @@ def absorb_context(
                     trained_BM,
                     config,
                     sink_id=sink,
-                    round_number=round_number,
+                    round_number=earlier.round_number,
                     on_step=on_study,
                 )
-            peak = settled(config, round_number)
-            _train(backbone, adapter, before, lessons, results, optimizer, config, peak, sink_id=sink, on_step=on_step)
+            trainer.train(optimizer, on_step)
             if judged:
                 _shrink(backbone, adapter, before, subsequent_BM, judged, results, sink_id=sink)
             _roll_back(results, adapter, before, optimizer, moments, config)
@@ -183,22 +186,121 @@ def absorb_context(
     return results
 
 
-def _look(
-    backbone: Backbone,
-    adapter: Adapter,
-    before: Snapshot,
-    own: Lesson,
-    results: list[RoundResult],
-    config: AbsorbConfig,
-    *,
-    sink_id: int | None,
-) -> None:
-    """Write down the losses on the round's own text before study, so that a round is judged with what study does."""
-    own.target = _teach(backbone, adapter, before, own, config, sink_id=sink_id)
-    loss_B = look(backbone, adapter, before, own, config, sink_id=sink_id, segments=own.pieces(0))
-    _check_finite(loss_B)
-    for result, loss in zip(results, loss_B.tolist(), strict=True):
-        result.losses.append(loss)
+def _lessons(own: Lesson, earlier: Earlier | Sequence[Earlier], config: AbsorbConfig) -> Lessons | LessonsTogether:
+    def of(own: Lesson, one: Earlier) -> Lessons:
+        return Lessons(own, past=one.past, anchors=one.anchors, config=config, round_number=one.round_number)
+
+    if isinstance(earlier, Earlier):
+        return of(own, earlier)
+    rows = torch.arange(len(earlier))[:, None]
+    return LessonsTogether([of(own.rows(row), one) for row, one in zip(rows, earlier, strict=True)])
+
+
+class _Trainer:
+    """Lines 1 to 3 of Algorithm 1 for the streams of one round."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: Adapter,
+        before: Snapshot,
+        lessons: Lessons | LessonsTogether,
+        results: list[RoundResult],
+        config: AbsorbConfig,
+        *,
+        sink_id: int | None,
+    ) -> None:
+        """Line 2: W* <- W, as every stream runs."""
+        self._backbone, self._adapter, self._before = backbone, adapter, before
+        self._lessons, self._results, self._config, self._sink_id = lessons, results, config, sink_id
+        self._running_B = torch.ones(len(results), dtype=torch.bool)  # on the CPU, which need not wait to look at it
+        self._unread: list[tuple[Tensor, Tensor]] = []
+
+    def look(self) -> None:
+        """Write down the losses on the round's own text before study, so that a round is judged with what it does."""
+        loss_B = self._losses(self._parts(0), 0)
+        _check_finite(loss_B)
+        for result, loss in zip(self._results, loss_B.tolist(), strict=True):
+            result.losses.append(loss)
+
+    def train(self, optimizer: torch.optim.Optimizer, on_step: Callable[[int, Tensor], None] | None) -> None:
+        """Line 3, with the teacher asked when a lesson first comes up.
+
+        Losses are read when somebody waits for them, and otherwise after the last step: a device that is given one
+        step after another does not idle in between. A stream that is not finite is undone, whatever it does until then.
+        """
+        config, first_look = self._config, not self._results[0].losses
+        watched = on_step is not None or config.threshold is not None
+        own_loss_B = torch.zeros(len(self._results), device=self._backbone.device)
+        for step in range(config.max_steps + 1):  # the last turn only looks
+            last = step == config.max_steps
+            parts = self._parts(step)
+            if last:
+                loss_B = self._losses(parts, 0)
+            else:
+                loss_B = gradients(
+                    self._backbone, self._adapter, self._before, parts, config, sink_id=self._sink_id, step=step
+                )
+            own_B = torch.zeros_like(self._running_B)
+            for part in parts:
+                own_B[slice(None) if part.rows is None else part.rows] = part.own
+            if on_step is not None:
+                own_loss_B = torch.where(own_B.to(loss_B.device), loss_B, own_loss_B)
+                on_step(step, own_loss_B)
+            self._unread.append((loss_B, own_B))
+            if watched or last or step == 0:
+                self._read(is_over=last)
+            if first_look and step == 0:
+                _check_finite(loss_B)
+            if last or not self._running_B.any():
+                break
+            rates = [scheduled(peak, step, config.max_steps, config) for peak in self._lessons.peaks]
+            take_step(optimizer, self._adapter, self._running_B, *rates)
+
+    def _parts(self, step: int) -> list[Part]:
+        return self._lessons.parts(step, self._running_B, self._teach)
+
+    def _losses(self, parts: Sequence[Part], step: int) -> Tensor:
+        return look(self._backbone, self._adapter, self._before, parts, self._config, sink_id=self._sink_id, step=step)
+
+    def _teach(self, lesson: Lesson, rows: Tensor | None) -> Target:
+        """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
+        config, adapter = self._config, self._adapter
+        if lesson.is_anchor:
+            config = config.replace(teacher="base")
+        segments = lesson.pieces(0) if lesson.is_anchor else 1
+        now = None if config.teacher == "base" else adapter.snapshot()
+        if now is not None:
+            adapter.restore(self._before)
+        texts = (lesson.context_BN, lesson.subsequent_BM)
+        with adapter.only(rows):
+            target = teach(self._backbone, adapter, *texts, config, sink_id=self._sink_id, segments=segments)
+        if now is not None:
+            adapter.restore(now)
+        return target
+
+    def _read(self, *, is_over: bool) -> None:
+        """Write down losses and steps of the running streams, and stop those that are done.
+
+        Args:
+            is_over: Whether the latest losses were only looked at, without a step after them.
+        """
+        for place, (loss_B, own_B) in enumerate(self._unread):
+            looked = is_over and place == len(self._unread) - 1
+            lines = zip(self._results, loss_B.tolist(), own_B.tolist(), self._running_B.tolist(), strict=True)
+            for index, (result, loss, own, runs) in enumerate(lines):
+                if not runs:
+                    continue
+                if own or not math.isfinite(loss):
+                    result.losses.append(loss)
+                if not math.isfinite(loss):
+                    self._running_B[index] = False
+                elif own and self._config.threshold is not None and loss < self._config.threshold:
+                    result.outcome = "below_threshold"
+                    self._running_B[index] = False
+                elif not looked:
+                    result.num_steps += 1
+        self._unread.clear()
 
 
 def _check_finite(loss_B: Tensor) -> None:
@@ -207,84 +309,6 @@ def _check_finite(loss_B: Tensor) -> None:
             f"the synchronization loss is {loss_B.tolist()} before the first step: the model gives "
             "non-finite states for this text. Check the model's weights, or load it with dtype float32"
         )
-
-
-def _train(
-    backbone: Backbone,
-    adapter: Adapter,
-    before: Snapshot,
-    lessons: Lessons,
-    results: list[RoundResult],
-    optimizer: torch.optim.Optimizer,
-    config: AbsorbConfig,
-    learning_rate: float,
-    *,
-    sink_id: int | None,
-    on_step: Callable[[int, Tensor], None] | None,
-) -> None:
-    """Lines 1 to 3 of Algorithm 1, with the teacher asked when a lesson first comes up."""
-    first_look = not results[0].losses
-    running_B = torch.ones(len(results), dtype=torch.bool, device=backbone.device)  # line 2: W* <- W
-    for step in range(config.max_steps + 1):  # line 3; the last turn only looks
-        last = step == config.max_steps
-        lesson = lessons.of_step(step)
-        if lesson.target is None:
-            target = _teach(backbone, adapter, before, lesson, config, sink_id=sink_id)  # line 1
-            lesson.taught(target, by_base=config.teacher == "base")
-        pieces = lesson.pieces(0 if last else step)
-        if last:
-            loss_B = look(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=pieces)
-        else:
-            loss_B = gradients(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=pieces)
-        own = lesson is lessons.own
-        if own:
-            own_loss_B = loss_B
-        if on_step is not None:
-            on_step(step, own_loss_B)
-        running_B = _note(results, loss_B, running_B, config.threshold, own=own)
-        if first_look and step == 0:
-            _check_finite(loss_B)
-        if last or not running_B.any():
-            break
-        rate = scheduled(learning_rate, step, config.max_steps, config)
-        take_step(optimizer, adapter, running_B, rate)
-        for index in running_B.nonzero().flatten().tolist():
-            results[index].num_steps += 1
-
-
-def _teach(
-    backbone: Backbone, adapter: Adapter, before: Snapshot, lesson: Lesson, config: AbsorbConfig, *, sink_id: int | None
-) -> Target:
-    """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""
-    if lesson.is_anchor:
-        config = config.replace(teacher="base")
-    segments = lesson.pieces(0) if lesson.is_anchor else 1
-    now = None if config.teacher == "base" else adapter.snapshot()
-    if now is not None:
-        adapter.restore(before)
-    texts = (lesson.context_BN, lesson.subsequent_BM)
-    target = teach(backbone, adapter, *texts, config, sink_id=sink_id, segments=segments)
-    if now is not None:
-        adapter.restore(now)
-    return target
-
-
-def _note(
-    results: list[RoundResult], loss_B: Tensor, running_B: Tensor, threshold: float | None, *, own: bool
-) -> Tensor:
-    """Write down the running streams' losses on the round's own text; return which streams go on."""
-    goes_on_B = running_B.clone()
-    for index, (loss, runs) in enumerate(zip(loss_B.tolist(), running_B.tolist(), strict=True)):
-        if not runs:
-            continue
-        if own or not math.isfinite(loss):
-            results[index].losses.append(loss)
-        if not math.isfinite(loss):
-            goes_on_B[index] = False
-        elif own and threshold is not None and loss < threshold:
-            results[index].outcome = "below_threshold"
-            goes_on_B[index] = False
-    return goes_on_B
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class Adapter:
         self.up = {name: nn.Parameter(weight) for name, weight in up.items()}
         self.alpha, self.layout = alpha, layout
         self.enabled = True
+        self.rows: Tensor | None = None
+        """Which streams' rows a batch has, inside `only`; None for those of all."""
 
     @classmethod
     def fresh(cls, backbone: Backbone, config: AbsorbConfig, *, num_streams: int = 1) -> "Adapter":
@@ -165,12 +167,24 @@ class Adapter:
         finally:
             self.enabled = before
 
-    def _hook(self, name: str) -> Any:
-        down_BRI, up_BOR = self.down[name], self.up[name]
+    @contextlib.contextmanager
+    def only(self, rows: Tensor | None) -> Iterator[None]:
+        """Take batches that have the rows of some streams alone inside the `with` block; None for all."""
+        before = self.rows
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = before
 
+    def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.enabled:
                 return None
+            down_BRI: Tensor = self.down[name]
+            up_BOR: Tensor = self.up[name]
+            if self.rows is not None:
+                down_BRI, up_BOR = down_BRI[self.rows], up_BOR[self.rows]
             return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, weight=frozen_weight(module))
 
         return add
@@ -198,6 +212,16 @@ class Adapter:
             alpha=self.alpha,
             layout=self.layout,
         )
+
+    @classmethod
+    def joined(cls, adapters: "Sequence[Adapter]") -> "Adapter":
+        """Copy the streams of several adapters of one shape into one, those of the first one first."""
+        first = adapters[0]
+        down, up = (
+            {name: torch.cat([getattr(one, part)[name].detach() for one in adapters]) for name in first.down}
+            for part in ("down", "up")
+        )
+        return cls(down, up, alpha=first.alpha, layout=first.layout)
 
     def to(self, device: torch.device) -> "Adapter":
         """Copy to a device."""

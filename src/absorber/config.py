@@ -142,9 +142,8 @@ class AbsorbConfig(_Settings):
     """Last part of the names of the projections that get an adapter. None: every linear projection of the blocks."""
     adapted_layers: tuple[int, ...] | None = None
     """Blocks that get an adapter, counted from 0. None: all."""
-    cuda_graphs: bool = False
-    """Record a step's forward and backward pass as a CUDA graph where model and device allow, and replay it. Quicker
-    for small models."""
+    cuda_graphs: bool = True
+    """Record a step's forward and backward pass as a CUDA graph where model and device allow, and replay it."""
     checkpointing: bool = False
     """Compute the activations of each block again in the backward pass of a step on text, instead of keeping them:
     about a third more time for a small part of the memory."""

@@ -8,12 +8,17 @@ likelihood   the question itself is likelier with the memory
 Shapes: B questions, T tokens, D hidden.
 """
 
+import contextlib
+import typing
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from absorber.backbone import Backbone
+from absorber.adapter import Adapter
+from absorber.backbone import Backbone, check_positions, forward_states, untouched
+from absorber.errors import ConfigError
 from absorber.synchronization import next_token_loss
 
 Rule = Literal["off", "entropy", "likelihood"]
@@ -59,3 +64,37 @@ def opens(with_memory: Signals, without: Signals, rule: Rule) -> Tensor:
     if rule == "likelihood":
         return with_memory.nll_B < without.nll_B
     return torch.ones_like(without.nll_B, dtype=torch.bool)
+
+
+@torch.no_grad()
+def helps(
+    backbone: Backbone, adapter: Adapter, prefix_ids: Sequence[int], question_ids: Sequence[int], rule: Rule
+) -> bool:
+    """Whether one question is to be answered with the memory.
+
+    Args:
+        backbone: The model, with no adapter attached.
+        adapter: The memory.
+        prefix_ids: What stands before the question, at least one token.
+        question_ids: The question.
+        rule: off: always; nothing is read then.
+
+    Raises:
+        ConfigError: If there is no such rule, or the text is longer than the model's positions.
+    """
+    if rule not in typing.get_args(Rule):
+        raise ConfigError(f"gate must be one of {', '.join(typing.get_args(Rule))}; got {rule!r}")
+    if rule == "off":
+        return True
+    ids_BT = torch.tensor([[*prefix_ids, *question_ids]], device=backbone.device)
+    check_positions(backbone, ids_BT.shape[1])
+
+    def read() -> Signals:
+        final_BTD = forward_states(backbone, ids_BT, first=len(prefix_ids) - 1).final_BTD
+        return signals(backbone, final_BTD, ids_BT[:, len(prefix_ids) :])
+
+    readings = []
+    for memory in (adapter.attached(backbone), contextlib.nullcontext()):
+        with untouched(backbone.model), memory:
+            readings.append(read())
+    return bool(opens(readings[0], readings[1], rule))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
@@ -32,7 +32,6 @@ class _Recorded:
 
     graph: Any
     inputs: list[Tensor]
-    running_B: Tensor | None
     loss_B: Tensor
     gradients: list[tuple[Tensor, Tensor | None]]
     """Of which weight, and what it is; none where losses alone are computed."""
@@ -56,8 +55,7 @@ class StepGraphs:
         key: Any,
         compute: Compute,
         inputs: Sequence[Tensor],
-        running_B: Tensor | None = None,
-        finish: Callable[[], None] = lambda: None,
+        finish: Callable[[], None] | None,
     ) -> Tensor | None:
         """Compute losses and leave their gradients in the weights' `grad`.
 
@@ -65,44 +63,40 @@ class StepGraphs:
             key: Whatever `compute` depends on beside the values of its inputs.
             compute: Inputs to losses [B].
             inputs: Tensors whose values may differ from call to call.
-            running_B: Which streams' losses count; None to compute losses alone, and leave `grad` as it is.
-            finish: What is done with the gradients after the backward pass.
+            finish: What is done with the gradients after the backward pass; None to compute losses alone, and leave
+                `grad` as it is.
 
         Returns:
             The losses, without gradient; None on the first call with this key, which has to run as usual.
         """
-        key = (key, running_B is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+        key = (key, finish is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._recorded:
             self._recorded[key] = None  # kernels are chosen and compiled by a usual run
             return None
         found = self._recorded[key]
         if found is None:
-            found = self._recorded[key] = self._record(compute, inputs, running_B, finish)
+            found = self._recorded[key] = self._record(compute, inputs, finish)
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
-        if found.running_B is not None and running_B is not None:
-            found.running_B.copy_(running_B)
         found.graph.replay()
         for weight, gradient in found.gradients:
             weight.grad = gradient
         return found.loss_B.clone()
 
-    def _record(
-        self, compute: Compute, inputs: Sequence[Tensor], running_B: Tensor | None, finish: Callable[[], None]
-    ) -> _Recorded:
-        own, running = [tensor.clone() for tensor in inputs], None if running_B is None else running_B.float()
-        learning = [] if running is None else self._weights
+    def _record(self, compute: Compute, inputs: Sequence[Tensor], finish: Callable[[], None] | None) -> _Recorded:
+        own = [tensor.clone() for tensor in inputs]
+        learning = [] if finish is None else self._weights
         for weight in learning:
             weight.grad = None
         graph = torch.cuda.CUDAGraph()
-        with torch.set_grad_enabled(running is not None), torch.cuda.graph(graph, pool=self._pool):
+        with torch.set_grad_enabled(finish is not None), torch.cuda.graph(graph, pool=self._pool):
             loss_B = compute(*own)
-            if running is not None:
-                (loss_B * running).sum().backward()  # type: ignore[no-untyped-call]
+            if finish is not None:
+                loss_B.sum().backward()  # type: ignore[no-untyped-call]
                 finish()
         self._pool = graph.pool()
         gradients = [(weight, weight.grad) for weight in learning]
-        return _Recorded(graph, own, running, loss_B.detach(), gradients)
+        return _Recorded(graph, own, loss_B.detach(), gradients)
 
 
 _graphs_of: "weakref.WeakKeyDictionary[Adapter, StepGraphs]" = weakref.WeakKeyDictionary()
@@ -122,6 +116,10 @@ def is_plain(backbone: Backbone) -> bool:
 def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
     """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
     if backbone.device.type != "cuda" or not is_plain(backbone):
+        return None
+    if any(type(projection) is not nn.Linear for projection in backbone.projections.values()):
+        return None  # quantized, by kernels of which nobody said that they can be recorded
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
         return None
     return _graphs_of.setdefault(adapter, StepGraphs(adapter.parameters()))
 

@@ -6,8 +6,9 @@ model says of other things; replay and anchors are against both (docs/method.md)
 Shapes: B streams, N context tokens, M subsequent tokens.
 """
 
+import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from absorber.config import AbsorbConfig
+from absorber.optimizer import settled
 from absorber.synchronization import Target
 
 Item = TypeVar("Item")
@@ -66,10 +68,44 @@ class Lesson:
         if self.past is not None and by_base and not target.layers:
             self.past.target = target.to("cpu")
 
+    def rows(self, rows: Tensor) -> "Lesson":
+        """The lesson of some streams."""
+        target = None if self.target is None else self.target.rows(rows)
+        texts = self.context_BN[rows], self.subsequent_BM[rows]
+        return dataclasses.replace(self, context_BN=texts[0], subsequent_BM=texts[1], target=target)
+
+    @classmethod
+    def joined(cls, lessons: "Sequence[Lesson]") -> "Lesson":
+        """One lesson of several streams, of a lesson of each; its target is joined of theirs where all have one."""
+        targets = [lesson.target for lesson in lessons if lesson.target is not None]
+        return dataclasses.replace(
+            lessons[0],
+            context_BN=torch.cat([lesson.context_BN for lesson in lessons]),
+            subsequent_BM=torch.cat([lesson.subsequent_BM for lesson in lessons]),
+            target=Target.joined(targets) if len(targets) == len(lessons) else None,
+            past=None,
+        )
+
     def pieces(self, step: int) -> int:
         """Into how many pieces Y is cut in a step: at most so many as divide it evenly."""
         wanted = min(self.segments[step % len(self.segments)], self.subsequent_BM.shape[1] // 2)
         return next(count for count in range(max(1, wanted), 0, -1) if self.subsequent_BM.shape[1] % count == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What some streams train on in a step, together."""
+
+    lesson: Lesson
+    """Of those streams alone."""
+    rows: Tensor | None
+    """Which they are, on the CPU; None for all."""
+    own: bool
+    """Whether it is the round's own text."""
+
+
+Ask = Callable[[Lesson, Tensor | None], Target]
+"""What the teacher says of a lesson of some streams, or of all."""
 
 
 class Lessons:
@@ -95,6 +131,8 @@ class Lessons:
         """
         dice = random.Random(f"{config.seed}/{round_number}")
         self.own = own
+        self.peaks = (settled(config, round_number),)
+        self._by_base = config.teacher == "base"
         drawn: dict[int, Lesson] = {}
         anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
         self._of_step: list[Lesson] = []
@@ -113,6 +151,52 @@ class Lessons:
     def of_step(self, step: int) -> Lesson:
         """The text of a step, from 0; of K, the look after the last."""
         return self._of_step[step]
+
+    def parts(self, step: int, running_B: Tensor, ask: Ask) -> list[Part]:
+        """What the running streams train on in a step, with what the teacher says of it."""
+        lesson = self.of_step(step)
+        if lesson.target is None:
+            self.take(lesson, ask(lesson, None))
+        if running_B.all():
+            return [Part(lesson, None, lesson is self.own)]
+        rows = running_B.nonzero().flatten()
+        return [Part(lesson.rows(rows), rows, lesson is self.own)]
+
+    def take(self, lesson: Lesson, target: Target) -> None:
+        """Note what the teacher said of a lesson."""
+        lesson.taught(target, by_base=self._by_base)
+
+
+class LessonsTogether:
+    """The lessons of a round of streams of different age, each of which trains on what it would train on alone."""
+
+    def __init__(self, each: Sequence[Lessons]) -> None:
+        """Take the lessons of each stream, all of whose own texts have one shape."""
+        self._each = each
+        self.own = Lesson.joined([lessons.own for lessons in each])
+        self.peaks = tuple(peak for lessons in each for peak in lessons.peaks)
+
+    def parts(self, step: int, running_B: Tensor, ask: Ask) -> list[Part]:
+        """What the running streams train on in a step: those whose texts have one shape together."""
+        groups: dict[Hashable, list[int]] = {}
+        for index in running_B.nonzero().flatten().tolist():
+            lesson = self._each[index].of_step(step)
+            shape = (lesson.context_BN.shape, lesson.subsequent_BM.shape, lesson.num_generated, lesson.pieces(step))
+            own = lesson is self._each[index].own
+            groups.setdefault((shape, lesson.is_anchor, own), []).append(index)
+        return [self._part(step, indices, running_B, ask) for indices in groups.values()]
+
+    def _part(self, step: int, indices: list[int], running_B: Tensor, ask: Ask) -> Part:
+        lessons = [self._each[index].of_step(step) for index in indices]
+        untaught = [index for index, lesson in zip(indices, lessons, strict=True) if lesson.target is None]
+        if untaught:
+            asked = [self._each[index].of_step(step) for index in untaught]
+            target = ask(Lesson.joined(asked), torch.tensor(untaught))
+            for place, (index, lesson) in enumerate(zip(untaught, asked, strict=True)):
+                row = torch.tensor([place])
+                self._each[index].take(lesson, target.rows(row))
+        rows = None if len(indices) == len(self._each) else torch.tensor(indices)
+        return Part(Lesson.joined(lessons), rows, lessons[0] is self._each[indices[0]].own)
 
 
 def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:

@@ -3,6 +3,7 @@
 Neither touches the base model.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
+
+_UPPER = 1 if sys.byteorder == "little" else 0
+"""Which of the two 16-bit halves of a float32 is the upper one."""
 
 
 def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
@@ -68,19 +72,22 @@ def merge(backbone: Backbone, adapter: Adapter, merged: dict[str, Tensor]) -> No
     generator = torch.Generator(backbone.device).manual_seed(0)
     for name in adapter.down:
         weight: Tensor = backbone.projections[name].weight  # type: ignore[assignment]
-        change = (adapter.up[name][0].float() * adapter.scale) @ adapter.down[name][0].float()
-        rounded = _rounded(weight.float() + change, weight.dtype, generator)
         key = f"{in_decoder(backbone, name)}.weight"
-        if key in merged:
-            merged[key].copy_(rounded)
-        else:
-            merged[key] = rounded
+        if key not in merged:
+            merged[key] = torch.empty_like(weight)
+        # One copy in float32, which everything below is done in: what this takes is the passes over it.
+        exact = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        exact.addmm_(adapter.up[name][0].float(), adapter.down[name][0].float(), alpha=adapter.scale)
+        _round_into(merged[key], exact, generator)
 
 
-def _rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 to another type; to bfloat16 at random, right in the mean."""
-    if dtype != torch.bfloat16:
-        return exact.to(dtype)
+def _round_into(target: Tensor, exact: Tensor, generator: torch.Generator) -> None:
+    """Write float32 into a tensor of another type, and spoil it; to bfloat16 at random, right in the mean."""
+    if target.dtype != torch.bfloat16:
+        target.copy_(exact)
+        return
+    # Drawn anew for each weight: with the same noise for two of a shape, their errors would add up and not cancel.
     noise = torch.randint(0, 2**16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
     # The upper half of a float32 is a bfloat16; what is added to the lower half carries as often as it should.
-    return exact.view(torch.int32).add_(noise).bitwise_and_(-(2**16)).view(torch.float32).to(dtype)
+    halves = exact.view(torch.int32).add_(noise).view(torch.int16)
+    target.view(torch.int16).copy_(halves[..., _UPPER::2])

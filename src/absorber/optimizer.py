@@ -119,22 +119,30 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     adapter: Adapter,
     running_B: Tensor,
-    learning_rate: float,
+    *learning_rates: float,
 ) -> None:
     """One optimizer step of the running streams; the others keep their weights.
 
     Args:
         optimizer: From `new_optimizer`.
         adapter: With gradients, clipped.
-        running_B: Which streams learn.
-        learning_rate: Of this step.
+        running_B: Which streams learn; on the CPU.
+        learning_rates: Of this step: one for all streams, or one for each.
     """
+    largest = max(learning_rates)
     # Momentum and weight decay would move a stopped stream even without a gradient.
     stopped_B = None if running_B.all() else ~running_B
     held = None if stopped_B is None else adapter.snapshot(stopped_B)
+    # Every optimizer's step is as long as its rate, also that of weight decay.
+    begun = adapter.snapshot() if min(learning_rates) < largest else None
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = largest
     optimizer.step()
+    if begun is not None:
+        share_B = torch.tensor(learning_rates, device=begun[0].device).div_(largest).view(-1, 1, 1)
+        adapter.restore(
+            [old.lerp(new, share_B.to(old.dtype)) for old, new in zip(begun, adapter.snapshot(), strict=True)]
+        )
     if held is not None:
         adapter.restore(held, stopped_B)
 

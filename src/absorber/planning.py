@@ -25,13 +25,17 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 SPARE = 0.9
 """Share of a device's memory that a plan uses; the allocator loses some of the rest."""
-STEP_EFFICIENCY = 0.95
-"""Share of its matmul rate that a device is assumed to reach in the products of a step."""
-READ_EFFICIENCY = 0.95
-"""Share of its bandwidth that it is assumed to reach when it writes a token."""
-_TOUCHES = 7.5
-"""How often a pass reads or writes the bytes that a step keeps of a block. These three are fitted to rounds of
-LLaMA2-7B and SmolLM2-135M geometry on one H100 (docs/performance.md)."""
+READ_EFFICIENCY = 0.9
+"""Share of its bandwidth that a device is assumed to reach when it writes a token."""
+_MARGIN = 512
+"""A product of I inputs and O outputs is taken to last as long as one of I O + `_MARGIN` (I + O) weights at the full
+rate: narrow ones do not reach it, 4096 wide ones to 80 %, 576 wide ones to 36 %."""
+_TOUCHES = 6.25
+"""How often a pass reads or writes the bytes that a step keeps of a block."""
+_BESIDE_MS = 0.0055
+"""What a kernel of a memory beside the base takes more than its bytes do; there are `_BESIDE_KERNELS` a block. These
+five are fitted to LLaMA2-7B and SmolLM2-135M geometry on one H100 and one H200 (tests/test_planning.py)."""
+_BESIDE_KERNELS = 4
 _OPTIMIZER_BYTES = 36
 """Read and written for a weight in a step of AdamW, clipping included."""
 
@@ -123,7 +127,9 @@ class Plan:
     absorb_ms: float
     """Of a token, absorbed in each of the streams."""
     decode_ms: float
-    """Of a token, written in each of the streams."""
+    """Of a token, written in each of the streams with the memory beside the base, as a session does unless told."""
+    merged_decode_ms: float
+    """The same with the memory merged into a copy of the weights, which is not in `needs`."""
     break_even_tokens: int
     """From how many tokens of a stream on full attention's cache is larger than all that Absorber takes beside the
     weights."""
@@ -189,8 +195,8 @@ def needs(
     taught = num_streams * (stream.teacher_tokens + stream.window_tokens + 1)
     block = rows * _block_bytes(shape, weight_bytes, config.adapter_rank, fused=kernels.usable_on(device))
     kept = rows * shape.num_layers * shape.hidden * weight_bytes + block if config.checkpointing else None
-    student = block * shape.num_layers if kept is None else kept
-    student += adapter * weight_bytes if weight_bytes != adapter_bytes else 0  # converted for the products
+    converted = adapter * weight_bytes if weight_bytes != adapter_bytes else 0  # for the products
+    student = block * shape.num_layers + converted if kept is None else kept + converted // shape.num_layers
     # Nothing is kept for a backward pass: the widest place of a block, and what goes around it.
     teacher = taught * weight_bytes * (4 * shape.hidden + 3 * shape.intermediate)
     lessons = 1 + min(config.replay_rounds, round(config.replay_share * config.max_steps)) + config.has_anchors
@@ -236,30 +242,55 @@ def absorb_ms(
     Counted: K steps of two operations per weight and token forward and as many backward, and once more forward if
     blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round; the
     last look; for each of these passes the activations that are read and written, and for each step the optimizer's
-    state. Study is not.
+    state. Study is not, nor what a quantized weight takes to be spelled out.
     """
     config, stream = preset.absorb, preset.stream
-    weights = shape.projection_weights + shape.hidden * shape.vocabulary
     taught = 1 + (config.replay_share * config.replay_rounds > 0) + config.has_anchors
     # Passes over a token: forward, and a backward pass counts as two of reading and writing, as one of products.
     once = taught * stream.window_tokens + stream.sync_tokens
     steps = config.max_steps * stream.sync_tokens
     products = once + (3 if config.checkpointing else 2) * steps
     moved = once + (4 if config.checkpointing else 3) * steps
+    # Logits of student and teacher, in each step and in the look.
+    spoken = 2 * (steps + stream.sync_tokens)
+    wide = shape.projection_weights + (config.adapter_rank + _MARGIN) * shape.projection_features
+    head = shape.hidden * shape.vocabulary + _MARGIN * (shape.hidden + shape.vocabulary)
+    flops = 2 * (wide * products + head * (spoken + steps))
     block = _block_bytes(shape, weight_bytes, config.adapter_rank, fused=kernels.usable_on(device))
+    touched = block * shape.num_layers * moved + shape.vocabulary * weight_bytes * spoken
     optimizer = config.max_steps * shape.projection_features * config.adapter_rank * _OPTIMIZER_BYTES
-    flops = 2 * weights * products
-    num_bytes = _TOUCHES * block * shape.num_layers * moved + optimizer
-    seconds = num_streams * (flops / (STEP_EFFICIENCY * rates.flops) + num_bytes / rates.bandwidth)
+    seconds = num_streams * (flops / rates.flops + (_TOUCHES * touched + optimizer) / rates.bandwidth)
     return 1000 * seconds / stream.context_tokens
 
 
-def decode_ms(shape: Shape, preset: Preset, found: Needs, rates: Rates) -> float:
-    """Estimate the time of a token: the weights and a full window are read once."""
-    window = (
-        found.cache * preset.stream.window_tokens / (1 + preset.stream.window_tokens + preset.stream.max_new_tokens)
-    )
-    return 1000 * (found.weights + window) / (READ_EFFICIENCY * rates.bandwidth)
+def decode_ms(
+    shape: Shape,
+    preset: Preset,
+    found: Needs,
+    rates: Rates,
+    *,
+    weight_bytes: int,
+    num_streams: int = 1,
+    merged: bool = False,
+) -> float:
+    """Estimate the time of a token: the weights and a full window are read once.
+
+    Args:
+        shape: Of the model.
+        preset: Settings.
+        found: What `needs` found.
+        rates: Of the device.
+        weight_bytes: Of one number in the model's type.
+        num_streams: B.
+        merged: The memory is in the weights. Beside them it is read as well, and takes kernels of its own.
+    """
+    stream = preset.stream
+    num_bytes = found.weights + found.cache * stream.window_tokens / (1 + stream.window_tokens + stream.max_new_tokens)
+    more = 0.0
+    if not merged:
+        num_bytes += num_streams * shape.projection_features * preset.absorb.adapter_rank * weight_bytes
+        more = shape.num_layers * _BESIDE_KERNELS * _BESIDE_MS
+    return 1000 * num_bytes / (READ_EFFICIENCY * rates.bandwidth) + more
 
 
 def plan(
@@ -306,12 +337,17 @@ def plan(
         smallest, quickest = min(smallest, need.total), max(quickest, 1000 / taken)
         if need.total > SPARE * memory_bytes or taken * rate > 1000:
             continue
+        beside, merged = (
+            decode_ms(shape, preset, need, rates, weight_bytes=weight_bytes, num_streams=num_streams, merged=is_merged)
+            for is_merged in (False, True)
+        )
         entry = Plan(
             preset=preset,
             quantization=quantization,
             needs=need,
             absorb_ms=taken,
-            decode_ms=decode_ms(shape, preset, need, rates),
+            decode_ms=beside,
+            merged_decode_ms=merged,
             break_even_tokens=_break_even(shape, need, num_streams * weight_bytes),
         )
         found.append((sum(_RELUCTANCE[name][value] for name, value in chosen.items()), entry))

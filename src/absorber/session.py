@@ -1,9 +1,7 @@
 """A session: a stream with its window, its memory and its place in the sources, which can be asked, saved, resumed."""
 
-import contextlib
 import math
 import os
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,11 +9,11 @@ from typing import Any, Literal, Self
 import torch
 
 from absorber import saved_session
-from absorber.backbone import check_positions, eos_tokens, forward_states, inspect, sink_token, untouched
+from absorber.backbone import eos_tokens, inspect, sink_token
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.decoding import StaticDecoder, Way, new_decoder
-from absorber.errors import ConfigError, ContextError, MemoryFileError
-from absorber.gate import Rule, Signals, opens, signals
+from absorber.errors import ContextError, MemoryFileError
+from absorber.gate import Rule, helps
 from absorber.generation import Decoder, choose_token
 from absorber.memory import Memory, Round
 from absorber.notes import make_guide
@@ -88,7 +86,7 @@ class Session:
             stream,
             sink_id=memory.sink_id,
             guide=None if config.study == "off" else make_guide(tokenizer, model),
-            on_step=self._on_step,
+            on_step=None if progress is None else self._on_step,
             on_round=self._on_round,
             on_work=None if progress is None else self._report,
         )
@@ -109,6 +107,11 @@ class Session:
     def window_ids(self) -> list[int]:
         """Z: the token ids that the model reads verbatim."""
         return self._stream.window_BT[0].tolist()
+
+    @property
+    def stream(self) -> Stream:
+        """The window, and what its rounds need; for those who absorb several sessions together."""
+        return self._stream
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +143,7 @@ class Session:
                 pending, and the next call goes on.
         """
         # All of it before the first round: what an interruption leaves must be pending, not lost.
-        token_ids = [token for piece in cut([text]) for token in self._tokenize(piece)]
+        token_ids = [token for piece in cut([text]) for token in self.tokenize(piece)]
         self.append_ids(token_ids)
         return len(token_ids)
 
@@ -168,7 +171,7 @@ class Session:
         self.append_ids([])  # what an interruption left pending
         seen = read = 0
         for piece in cut(parts):
-            token_ids = self._tokenize(piece)
+            token_ids = self.tokenize(piece)
             known = self._sources.get(name, 0)
             fresh = token_ids[max(0, known - seen) :]
             seen += len(token_ids)
@@ -184,7 +187,8 @@ class Session:
         if always or self.memory.stream.flush == "generate":
             self._stream.flush(eos_ids=self._eos_ids, generator=self._generator)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without special ones."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # --- Answering
@@ -220,7 +224,7 @@ class Session:
             generator.set_state(self._generator.get_state())
         else:
             generator.manual_seed(seed)
-        turn = self._tokenize(as_turn(self.tokenizer, question))
+        turn = self.tokenize(as_turn(self.tokenizer, question))
         rule = gate or self.memory.stream.gate
         with_memory = self._memory_helps(turn, rule)
         decoder = self._at_window(with_memory=with_memory)
@@ -264,7 +268,7 @@ class Session:
         """
         settings = self._sampling(max_new_tokens, temperature, top_p)
         turn = "" if prompt is None else prompt if raw else as_turn(self.tokenizer, prompt)
-        self.append_ids(self._tokenize(turn))  # after what an interruption left pending
+        self.append_ids(self.tokenize(turn))  # after what an interruption left pending
         written: list[int] = []
         shown = ""
         for token in self._continue(settings):
@@ -297,13 +301,6 @@ class Session:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         return self.memory.stream.replace(**{key: value for key, value in given.items() if value is not None})
 
-    @contextlib.contextmanager
-    def _speaking(self, *, with_memory: bool = True) -> Iterator[None]:
-        """The model with its memory, or without; left before control goes back to the caller."""
-        memory = self.memory.adapter.attached(self._backbone) if with_memory else contextlib.nullcontext()
-        with untouched(self.model), memory:
-            yield
-
     def _prefix(self) -> list[int]:
         """Sink and window."""
         return ([self.memory.sink_id] if self.memory.config.sink == "shared" else []) + self.window_ids
@@ -316,21 +313,8 @@ class Session:
 
     def _memory_helps(self, question_ids: list[int], rule: Rule) -> bool:
         """Whether the question is to be answered with the memory."""
-        if rule not in typing.get_args(Rule):
-            raise ConfigError(f"gate must be one of {', '.join(typing.get_args(Rule))}; got {rule!r}")
-        if rule == "off":
-            return True
         prefix = self._prefix() or [self.memory.sink_id]  # the first token needs something that predicts it
-        ids_BT = torch.tensor([prefix + question_ids], device=self._backbone.device)
-        check_positions(self._backbone, ids_BT.shape[1])
-
-        @torch.no_grad()
-        def reading(*, with_memory: bool) -> Signals:
-            with self._speaking(with_memory=with_memory):
-                final_BTD = forward_states(self._backbone, ids_BT, first=len(prefix) - 1).final_BTD
-                return signals(self._backbone, final_BTD, ids_BT[:, len(prefix) :])
-
-        return bool(opens(reading(with_memory=True), reading(with_memory=False), rule))
+        return helps(self._backbone, self.memory.adapter, prefix, question_ids, rule)
 
     # --- Progress
 

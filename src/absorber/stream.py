@@ -7,7 +7,7 @@ Shapes: B streams, T tokens.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Literal
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from absorber import study
-from absorber.absorption import absorb_context
+from absorber.absorption import Earlier, RoundResult, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, check_positions, with_sink
 from absorber.config import AbsorbConfig, StreamConfig
@@ -72,7 +72,9 @@ class Stream:
                 'Begin a new memory, or go on with study = "off"'
             )
         check_positions(backbone, stream.teacher_tokens + stream.window_tokens + (config.sink == "shared"))
-        self._backbone, self._adapter, self._config, self._stream = backbone, adapter, config, stream
+        self._backbone, self._config, self._stream = backbone, config, stream
+        self.adapter = adapter
+        """The memory, one row of weights per stream."""
         self._sink_id, self._guide = sink_id, guide
         self._on_step, self._on_round, self._on_work = on_step, on_round, on_work
         self.optimizer = new_optimizer(adapter.parameters(), config) if config.optimizer_state == "carry" else None
@@ -101,16 +103,26 @@ class Stream:
             ContextError: If the batch is not that of the adapter.
             AbsorptionError: If a round cannot be carried out.
         """
+        self.give(token_ids_BT)
+        while self.fill():
+            self.absorb()
+
+    def give(self, token_ids_BT: Tensor) -> None:
+        """Add tokens at the end, and absorb nothing yet.
+
+        Raises:
+            ContextError: If the batch is not that of the adapter.
+        """
         if token_ids_BT.shape[0] != self.window_BT.shape[0]:
             raise ContextError(f"there are {self.window_BT.shape[0]} streams; got tokens for {token_ids_BT.shape[0]}")
         self.pending_BT = torch.cat([self.pending_BT, token_ids_BT.cpu()], dim=1)
-        while True:
-            room = self._stream.window_tokens - self.window_BT.shape[1]
-            longer_BT = torch.cat([self.window_BT, self.pending_BT[:, :room]], dim=1)
-            self.window_BT, self.pending_BT = longer_BT, self.pending_BT[:, room:]
-            if self.window_BT.shape[1] < self._stream.window_tokens:
-                return
-            self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    def fill(self) -> bool:
+        """Move what is pending into the window as far as it has room; return whether it is full, and a round due."""
+        room = self._stream.window_tokens - self.window_BT.shape[1]
+        longer_BT = torch.cat([self.window_BT, self.pending_BT[:, :room]], dim=1)
+        self.window_BT, self.pending_BT = longer_BT, self.pending_BT[:, room:]
+        return self.window_BT.shape[1] == self._stream.window_tokens
 
     def flush(self, *, eos_ids: AbstractSet[int], generator: torch.Generator) -> None:
         """Absorb what is left in the window; the teacher writes the subsequent text that it lacks.
@@ -128,11 +140,11 @@ class Stream:
         self.append(self.window_BT[:, :0])  # what an interruption left pending
         while self.window_BT.shape[1]:
             follows = max(0, self.window_BT.shape[1] - self._stream.context_tokens)
-            pristine = self._adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()
+            pristine = self.adapter.disabled() if self._config.teacher == "base" else contextlib.nullcontext()
             with pristine:
                 written = generate_subsequent(
                     self._backbone,
-                    self._adapter,
+                    self.adapter,
                     with_sink(sink_id, self.window_BT)[0].tolist(),
                     self._stream.sync_tokens - follows,
                     read_tokens=self._stream.read_tokens,
@@ -149,35 +161,14 @@ class Stream:
 
     def _absorb_oldest(self, generated_BT: Tensor) -> None:
         """One round: X leaves the window once it is absorbed; generated text is never part of the window."""
-        size, place = self._stream.context_tokens, self._backbone.device
-        if self.anchors is None and self._config.has_anchors:
-            self.anchors = write_from_nothing(
-                self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
-            )
-        context_BN = self.window_BT[:, :size]
-        taught_BT = torch.cat([self.behind_BT, context_BN], dim=1)
-        subsequent_BM = torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
-        notes = None
+        place, notes = self._backbone.device, None
+        taught_BT, subsequent_BM = self.next_texts(generated_BT)
+        earlier = self.earlier()
         if self._config.study != "off":
-            study.begin(
-                self._backbone,
-                self._adapter,
-                self.window_BT.to(place),
-                self.anchors,
-                self._config,
-                sink_id=self._sink_id,
-            )
-            notes = take_notes(
-                self._backbone,
-                context_BN.to(place),
-                self._config,
-                sink_id=self._sink_id,
-                guide=self._guide,
-                on_token=self._telling("asking"),
-            )
+            notes = self._take_notes()
         results = absorb_context(
             self._backbone,
-            self._adapter,
+            self.adapter,
             taught_BT.to(place),
             subsequent_BM.to(place),
             self._config,
@@ -185,14 +176,68 @@ class Stream:
             num_generated=generated_BT.shape[1],
             notes=notes,
             studied=self.studied.items,
-            past=self.reservoir.items,
-            anchors=self.anchors,
-            round_number=self.num_rounds + 1,
+            earlier=earlier,
             optimizer=self.optimizer,
             on_step=self._on_step,
             on_study=self._telling("studying"),
         )
-        follows_BM = self.window_BT[:, size:]
+        self.take(results, num_generated=generated_BT.shape[1], notes=notes)
+
+    def absorb(self) -> None:
+        """One round of a window that is full."""
+        self._absorb_oldest(torch.zeros(self.window_BT.shape[0], 0, dtype=torch.long))
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for streams whose next rounds can share a batch; None for one that has to be alone.
+
+        What is studied, and an optimizer that is carried on, belong to a single stream.
+        """
+        config = self._config
+        if config.study != "off" or self.optimizer is not None or self.adapter.num_streams > 1:
+            return None
+        taught_BT, subsequent_BM = self.next_texts(self.window_BT[:, :0])
+        return (id(self._backbone.model), config, self._sink_id, taught_BT.shape, subsequent_BM.shape)
+
+    def next_texts(self, generated_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next round is of: X, with what the teacher reads before it, and Y."""
+        size = self._stream.context_tokens
+        taught_BT = torch.cat([self.behind_BT, self.window_BT[:, :size]], dim=1)
+        return taught_BT, torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
+
+    def earlier(self) -> Earlier:
+        """What the rounds before left for the next one; anchors are written if there are none."""
+        if self.anchors is None and self._config.has_anchors:
+            self.anchors = write_from_nothing(
+                self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
+            )
+        return Earlier(self.reservoir.items, self.anchors, self.num_rounds + 1)
+
+    def _take_notes(self) -> Notes:
+        place, size = self._backbone.device, self._stream.context_tokens
+        study.begin(
+            self._backbone, self.adapter, self.window_BT.to(place), self.anchors, self._config, sink_id=self._sink_id
+        )
+        return take_notes(
+            self._backbone,
+            self.window_BT[:, :size].to(place),
+            self._config,
+            sink_id=self._sink_id,
+            guide=self._guide,
+            on_token=self._telling("asking"),
+        )
+
+    def take(self, results: Sequence[RoundResult], *, num_generated: int = 0, notes: Notes | None = None) -> None:
+        """Note that a round is done: its X leaves the window.
+
+        Args:
+            results: Of each stream.
+            num_generated: Tokens of its Y that the teacher wrote.
+            notes: What was studied of it.
+        """
+        size = self._stream.context_tokens
+        context_tokens, follows_BM = self.window_BT[:, :size].shape[1], self.window_BT[:, size:]
+        taught_BT, _ = self.next_texts(follows_BM[:, :0])
         self.window_BT = follows_BM
         self.behind_BT = taught_BT[:, max(0, taught_BT.shape[1] - self._stream.teacher_tokens) :]
         self.num_rounds += 1
@@ -205,9 +250,9 @@ class Stream:
                 [
                     Round(
                         number=self.num_rounds,
-                        context_tokens=context_BN.shape[1],
-                        sync_tokens=subsequent_BM.shape[1],
-                        generated_tokens=generated_BT.shape[1],
+                        context_tokens=context_tokens,
+                        sync_tokens=follows_BM.shape[1] + num_generated,
+                        generated_tokens=num_generated,
                         num_steps=result.num_steps,
                         loss_before=result.losses[0],
                         loss_after=result.losses[-1],
@@ -217,3 +262,37 @@ class Stream:
                     for result in results
                 ]
             )
+
+
+def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
+    """One round of several streams whose windows are full, in one batch, as if each were absorbed alone.
+
+    Args:
+        streams: Of one `kind`, which may be of different age.
+        batch: With as many streams; overwritten.
+
+    Raises:
+        AbsorptionError: If the round cannot be carried out; all streams are as they were.
+    """
+    first, place = streams[0], streams[0]._backbone.device
+
+    def on_step(step: int, loss_B: Tensor) -> None:
+        for index, stream in enumerate(streams):
+            if stream._on_step is not None:
+                stream._on_step(step, loss_B[index : index + 1])
+
+    texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
+    batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])
+    results = absorb_context(
+        first._backbone,
+        batch,
+        torch.cat([taught_BT for taught_BT, _ in texts]).to(place),
+        torch.cat([subsequent_BM for _, subsequent_BM in texts]).to(place),
+        first._config,
+        sink_id=first._sink_id,
+        earlier=[stream.earlier() for stream in streams],
+        on_step=on_step,
+    )
+    for index, (stream, result) in enumerate(zip(streams, results, strict=True)):
+        stream.adapter.restore([weight[index : index + 1] for weight in batch.parameters()])
+        stream.take([result])

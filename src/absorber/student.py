@@ -4,6 +4,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from absorber.backbone import Backbone, checkpointed, forward_states, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError
 from absorber.graphs import graphs_of, without_masks
-from absorber.lessons import Lesson
+from absorber.lessons import Part
 from absorber.optimizer import clip
 from absorber.synchronization import Target, distribution_loss, hidden_distance
 from absorber.teacher import hidden_layers
@@ -25,11 +26,11 @@ def synchronization_loss(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
-    lesson: Lesson,
+    part: Part,
     config: AbsorbConfig,
     *,
     sink_id: int | None,
-    segments: int = 1,
+    step: int,
 ) -> Tensor:
     """Run the student over Y alone and measure its distance to the teacher. Equation (6), arXiv 2604.20915.
 
@@ -37,15 +38,17 @@ def synchronization_loss(
         backbone: The model, with `adapter` attached.
         adapter: The memory that is trained.
         before: Its weights at the beginning of the round, for the update penalty.
-        lesson: X, Y and what the teacher says of Y.
+        part: X, Y and what the teacher says of Y, of some or all streams.
         config: Losses and their weights.
         sink_id: First token of the student, or None.
-        segments: Into how many pieces, read one by one, Y is cut.
+        step: Which step; says into how many pieces, read one by one, Y is cut.
 
     Returns:
-        [B], float32: the weighted sum of hidden-state distance, KL, next-token loss and update penalty.
+        One number for each of the part's streams, float32: the weighted sum of hidden-state distance, KL, next-token
+        loss and update penalty.
     """
-    target, subsequent_BM = lesson.target, lesson.subsequent_BM
+    lesson = part.lesson
+    target, subsequent_BM, segments = lesson.target, lesson.subsequent_BM, lesson.pieces(step)
     if target is None:
         raise ContextError("the lesson has no target; run the teacher first")
     num_streams, num_tokens = subsequent_BM.shape
@@ -83,7 +86,8 @@ def synchronization_loss(
             num_generated=lesson.num_generated,
         )
     if config.update_penalty != "none" and config.update_penalty_weight:
-        loss_B = loss_B + config.update_penalty_weight * mean_update(adapter, before, config.update_penalty)
+        moved_B = mean_update(adapter, before, config.update_penalty)
+        loss_B = loss_B + config.update_penalty_weight * (moved_B if part.rows is None else moved_B[part.rows])
     return loss_B
 
 
@@ -91,37 +95,40 @@ def gradients(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
-    lesson: Lesson,
+    parts: Sequence[Part],
     config: AbsorbConfig,
-    running_B: Tensor,
     *,
     sink_id: int | None,
-    segments: int,
+    step: int,
 ) -> Tensor:
-    """Run the student forward and backward; the running streams' gradients, clipped, are left in the weights' `grad`.
+    """Run the student forward and backward; the streams' gradients, clipped, are left in the weights' `grad`.
 
     Args:
         backbone: The model, with `adapter` attached.
         adapter: The memory that is trained, without the part that studies.
         before: Its weights at the beginning of the round.
-        lesson: The text of this step.
+        parts: The texts of this step; streams that are in none have no gradient.
         config: Losses and their weights.
-        running_B: Which streams learn.
         sink_id: First token of the student, or None.
-        segments: Into how many pieces, read one by one, the text is cut.
+        step: Which step; says into how many pieces, read one by one, the texts are cut.
 
     Returns:
-        [B]: the losses, without gradient.
+        [B]: the losses, without gradient; zero for streams that are in no part.
     """
-    weights = adapter.parameters()
-    for weight in weights:
+    for weight in adapter.parameters():
         weight.grad = None
-    loss_B = _recorded(backbone, adapter, before, lesson, config, running_B, sink_id=sink_id, segments=segments)
+    loss_B = None
+    if len(parts) == 1 and parts[0].rows is None:
+        loss_B = _recorded(backbone, adapter, before, parts[0], config, sink_id=sink_id, step=step, learns=True)
     if loss_B is None:
-        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
-        loss_B[running_B].sum().backward()  # type: ignore[no-untyped-call]
+        loss_B = torch.zeros(adapter.num_streams, device=backbone.device)
+        for part in parts:
+            with adapter.only(part.rows):  # the backward pass too, for blocks that are computed again
+                loss = synchronization_loss(backbone, adapter, before, part, config, sink_id=sink_id, step=step)
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+            loss_B[slice(None) if part.rows is None else part.rows] = loss.detach()
         _finish(adapter, config)
-    return loss_B.detach()
+    return loss_B
 
 
 @torch.no_grad()
@@ -129,16 +136,22 @@ def look(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
-    lesson: Lesson,
+    parts: Sequence[Part],
     config: AbsorbConfig,
     *,
     sink_id: int | None,
-    segments: int,
+    step: int,
 ) -> Tensor:
     """Compute the losses [B] of `gradients` alone, of streams that are not to learn now."""
-    loss_B = _recorded(backbone, adapter, before, lesson, config, None, sink_id=sink_id, segments=segments)
-    if loss_B is None:
-        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink_id, segments=segments)
+    if len(parts) == 1 and parts[0].rows is None:
+        loss_B = _recorded(backbone, adapter, before, parts[0], config, sink_id=sink_id, step=step, learns=False)
+        if loss_B is not None:
+            return loss_B
+    loss_B = torch.zeros(adapter.num_streams, device=backbone.device)
+    for part in parts:
+        with adapter.only(part.rows):
+            loss = synchronization_loss(backbone, adapter, before, part, config, sink_id=sink_id, step=step)
+        loss_B[slice(None) if part.rows is None else part.rows] = loss
     return loss_B
 
 
@@ -153,14 +166,15 @@ def _recorded(
     backbone: Backbone,
     adapter: Adapter,
     before: Snapshot,
-    lesson: Lesson,
+    part: Part,
     config: AbsorbConfig,
-    running_B: Tensor | None,
     *,
     sink_id: int | None,
-    segments: int,
+    step: int,
+    learns: bool,
 ) -> Tensor | None:
-    """The same from a CUDA graph; None where there is none. The losses alone if `running_B` is None."""
+    """The same of all streams from a CUDA graph; None where there is none. The losses alone unless it learns."""
+    lesson = part.lesson
     graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
     if graphs is None or target is None or len(target.finals) > 1 or config.update_penalty != "none":
         return None
@@ -174,10 +188,11 @@ def _recorded(
             subsequent_BM=subsequent_BM,
             target=Target(layers=states[:num_layers], finals=finals),
         )
+        own = dataclasses.replace(part, lesson=text)
         with without_masks(backbone):
-            return synchronization_loss(backbone, adapter, before, text, config, sink_id=sink_id, segments=segments)
+            return synchronization_loss(backbone, adapter, before, own, config, sink_id=sink_id, step=step)
 
     states = [*target.layers, *(final for _, final in target.finals)]
-    key = (lesson.is_anchor, lesson.num_generated, segments, num_layers, tuple(shares), config, sink_id)
+    key = (lesson.is_anchor, lesson.num_generated, lesson.pieces(step), num_layers, tuple(shares), config, sink_id)
     inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
-    return graphs.run(key, compute, inputs, running_B, partial(_finish, adapter, config))
+    return graphs.run(key, compute, inputs, partial(_finish, adapter, config) if learns else None)

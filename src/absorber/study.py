@@ -208,7 +208,7 @@ def learn(
         on_step: Told before each step how many of all are done.
     """
     optimizer = torch.optim.AdamW(adapter.up.values(), lr=config.study_learning_rate, weight_decay=0.0, fused=True)
-    everyone_B = torch.ones(len(text_BT), dtype=torch.bool, device=text_BT.device)
+    everyone_B = torch.ones(len(text_BT), dtype=torch.bool)
     graphs = graphs_of(backbone, adapter) if config.cuda_graphs else None
     weights = adapter.parameters()
 
@@ -229,7 +229,7 @@ def learn(
             on_step(step, len(steps))
         for weight in weights:
             weight.grad = None
-        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], everyone_B, finish)
+        recorded = graphs and graphs.run(("study", config), compute_without_masks, [rows_BRT], finish)
         if recorded is None:
             compute(rows_BRT).sum().backward()  # type: ignore[no-untyped-call]
             finish()

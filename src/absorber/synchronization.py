@@ -39,6 +39,24 @@ class Target:
             finals=tuple((share, final.to(device)) for share, final in self.finals),
         )
 
+    def rows(self, rows: Tensor) -> "Target":
+        """That of some streams."""
+        return Target(
+            layers=tuple(layer[rows] for layer in self.layers),
+            finals=tuple((share, final[rows]) for share, final in self.finals),
+        )
+
+    @classmethod
+    def joined(cls, targets: "Sequence[Target]") -> "Target":
+        """That of several streams, of what a teacher says of each."""
+        return cls(
+            layers=tuple(torch.cat(layers) for layers in zip(*(target.layers for target in targets), strict=True)),
+            finals=tuple(
+                (parts[0][0], torch.cat([final for _, final in parts]))
+                for parts in zip(*(target.finals for target in targets), strict=True)
+            ),
+        )
+
 
 def hidden_distance(
     student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor], *, norm: str = "l1", normalized: bool = True

@@ -1,5 +1,7 @@
 """Asking streams that were read once, against a model that reads each row alone, without a cache."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -36,6 +38,39 @@ def test_rows_write_what_each_writes_alone(name):
             for prefix, prompt in zip(PREFIX_BT.tolist(), PROMPTS, strict=True)
         ]
         assert written == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_every_row_may_stand_several_times(name):
+    """What each then writes is what it writes alone, with its own memory; the reading stays as it was."""
+    backbone = inspect(build(name))
+    adapter = Adapter.fresh(backbone, AbsorbConfig(rank=2), num_streams=3)
+    with torch.no_grad():
+        for weight in adapter.up.values():
+            weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    with adapter.attached(backbone):
+        reading = Reading.of(backbone, PREFIX_BT, sink_id=0)
+        turns = [PROMPTS, PROMPTS[::-1]]
+        alone = [write_greedily(reading, turn, max_new_tokens=5, is_done=lambda ids: False) for turn in turns]
+        both = [prompt for pair in zip(*turns, strict=True) for prompt in pair]
+        wide = write_greedily(reading.widened(2), both, max_new_tokens=5, is_done=lambda ids: False)
+        assert wide[::2] == alone[0]
+        assert wide[1::2] == alone[1]
+        assert write_greedily(reading, PROMPTS, max_new_tokens=5, is_done=lambda ids: False) == alone[0]
+
+
+def test_a_wide_copy_stays_small(model, monkeypatch):
+    module = importlib.import_module("absorber.bench.reading")
+    reading = Reading.of(inspect(model), PREFIX_BT, sink_id=0)
+    assert reading.width > 100
+    held = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in reading._cache.layers)
+    for times in (1, 3):
+        monkeypatch.setattr(module, "_WIDE_BYTES", times * held + 1)
+        assert reading.width == times
+    monkeypatch.setattr(module, "_WIDE_BYTES", 0)
+    assert reading.width == 1
+    assert Reading(inspect(model)).width == 1
+    assert Reading.of(inspect(build("mamba")), PREFIX_BT, sink_id=0).width == 1  # its cache cannot be repeated
 
 
 def test_a_row_stops_when_it_is_done(model):

@@ -113,9 +113,12 @@ def test_stories_that_do_not_fit_are_not_asked_for(model, tokenizer, data_dir):
         Summary(num_rounds=1, num_streams=1, context_tokens=10, sync_tokens=10).prepare(model, tokenizer, data_dir)
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("kind", TASKS)
-def test_answers_are_those_of_each_stream_alone(kind, model, tokenizer, data_dir, monkeypatch):
+def test_answers_are_those_of_each_stream_alone(kind, model, tokenizer, data_dir, monkeypatch, wide):
     """What is judged was written greedily after the window, and the reference is as likely as in one reading."""
+    if not wide:
+        monkeypatch.setattr("absorber.bench.reading._WIDE_BYTES", 0)
     task = TASKS[kind]
     texts, judged = task.prepare(model, tokenizer, data_dir), []
     own = type(task).judge
@@ -146,7 +149,7 @@ def test_a_right_answer_counts(model, tokenizer, data_dir, monkeypatch):
     """The answer to the first question of the second stream is planted."""
     task = TASKS["musique"]
     texts = task.prepare(model, tokenizer, data_dir)
-    turns = iter([["x", " Builder 1", "x"], ["x"] * 3] * 3)
+    turns = iter([["x", "x", " Builder 1", "x", "x", "x"]] * 3)
     texts.queries[1][0] = replace(texts.queries[1][0], references=("The builder, 1!", "One"))
     monkeypatch.setattr(
         asking, "write_greedily", lambda *args, **kwargs: [texts.language.tokens(one) for one in next(turns)]

@@ -148,6 +148,26 @@ def test_what_was_measured_otherwise_is_not_mixed():
     assert [row[0].text for row in table.rows] == ["ttt (scale 0.1)", "ttt (scale 0.2)"]
 
 
+def test_where_absorbing_pays_is_said_for_each_device():
+    times = {"full": {2048: 4.0, 4096: 6.0}, "absorber": {2048: 5.0, 4096: 5.0}}
+    found = [
+        dataclasses.replace(
+            made("latency", method, "ms_per_token" + "_with_absorption" * (method != "full"), value, tokens=tokens),
+            device=device,
+            config={"batch": 1},
+        )
+        for device, slower in (("a card", 0.0), ("another", 9.0))
+        for method, own in times.items()
+        for tokens, value in ((tokens, time + slower * (method == "full")) for tokens, time in own.items())
+    ]
+    (section,) = [section for section in make_report(found).sections if section.anchor == "task-latency"]
+    rows = [[cell.text for cell in row] for row in section.parts[0].rows]
+    assert [(row[0], row[2], row[-1]) for row in rows] == [
+        ("a card", "absorber", "about 3072"),
+        ("another", "absorber", "2048 or fewer"),
+    ]
+
+
 def test_the_papers_tables_stand_beside_ours_or_say_not_run(report):
     parts = {part.title: part for section in report.sections for part in section.parts if isinstance(part, Table)}
     news = next(part for title, part in parts.items() if title.startswith("Table 2"))

@@ -147,18 +147,17 @@ class Operations(TorchDispatchMode):
 
 def test_operations_of_a_step_are_those_that_torch_counts(shape):
     from absorber.adapter import Adapter
-    from absorber.lessons import Lesson
+    from absorber.lessons import Lesson, Part
     from absorber.student import gradients
     from absorber.teacher import teach
 
     adapter = Adapter.fresh(shape, ABSORB)
     ids = torch.randint(1, 257, (1, 72), generator=torch.Generator().manual_seed(0))
     lesson = Lesson(ids[:, :8], ids[:, 8:], 0, (1,))
-    running = torch.ones(1, dtype=torch.bool)
     with adapter.attached(shape), Operations() as counter:
         lesson.target = teach(shape, adapter, lesson.context_BN, lesson.subsequent_BM, ABSORB, sink_id=0)
         counter.total = 0
-        gradients(shape, adapter, adapter.snapshot(), lesson, ABSORB, running, sink_id=0, segments=1)
+        gradients(shape, adapter, adapter.snapshot(), [Part(lesson, None, own=True)], ABSORB, sink_id=0, step=0)
     attention = 3.5 * 2 * 65**2 * 32 * 2  # torch does not count that of a CPU
     assert step_flops(shape, ABSORB, num_streams=1, num_tokens=65) - attention == pytest.approx(counter.total, rel=0.05)
 

@@ -26,7 +26,9 @@ def test_latency(cli, flags, tmp_path):
     done = cli("bench", "latency", "absorber", "full", *flags, *more, "--json")
     assert done.code == 0
     assert {event["method"] for event in done.of("record")} == {"absorber", "full"}
-    assert [(row["method"], row["tokens"]) for row in done.of("row")] == [
+    *rows, even = done.of("row")
+    assert even["method"] == "absorber"  # from where on it is quicker
+    assert [(row["method"], row["tokens"]) for row in rows] == [
         ("absorber", "12"),
         ("absorber", "40"),
         ("full", "12"),

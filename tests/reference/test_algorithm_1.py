@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from absorber import PRESETS, AbsorbConfig
-from absorber.absorption import absorb_context
+from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
-from absorber.lessons import Lesson, Lessons, Past, Reservoir
+from absorber.lessons import Lesson, Lessons, Part, Past, Reservoir
 from absorber.notes import Notes, given
 from absorber.optimizer import new_optimizer
 from absorber.student import synchronization_loss
@@ -108,8 +108,9 @@ def test_loss_and_gradient(double, name):
         with torch.no_grad():
             for weight in adapter.parameters():  # as after some steps, so that the update penalty is not zero
                 weight += 0.01
-        pieces = lesson.pieces(0)
-        loss_B = synchronization_loss(backbone, adapter, before, lesson, config, sink_id=sink, segments=pieces)
+        part = Part(lesson, None, own=True)
+        loss_B = synchronization_loss(backbone, adapter, before, part, config, sink_id=sink, step=0)
+    pieces = lesson.pieces(0)
     assert pieces == config.segments[0]
     gradients = torch.autograd.grad(loss_B.sum(), adapter.parameters(), materialize_grads=True)
 
@@ -294,9 +295,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             num_generated=3,
             notes=notes,
             studied=studied,
-            past=past,
-            anchors=anchors,
-            round_number=number,
+            earlier=Earlier(past, anchors, number),
             optimizer=ours_optimizer,
         )
         for b, lora in enumerate(loras):

@@ -9,7 +9,7 @@ Shapes: B streams, T tokens.
 
 import abc
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self, TypeVar
@@ -205,21 +205,28 @@ class WritingTask(AskingTask):
 
     def write(self, reading: Reading, queries: Sequence[Sequence[Query]], language: Language) -> Figures:
         """Let each stream write its answers, and judge them."""
-        turns = []
-        for turn in zip(*queries, strict=True):
+        turns: list[list[str]] = []  # by stream, the answers of some queries at once
+        for some in batched(list(zip(*queries, strict=True)), reading.width):
             written = write_greedily(
-                reading,
-                [query.prompt for query in turn],
+                reading.widened(len(some)) if len(some) > 1 else reading,
+                [query.prompt for own in zip(*some, strict=True) for query in own],
                 max_new_tokens=self.max_new_tokens,
                 is_done=lambda token_ids: language.first_line(token_ids)[1],
             )
-            turns.append([language.first_line(token_ids)[0] for token_ids in written])
+            lines = [language.first_line(token_ids)[0] for token_ids in written]
+            turns += [lines[place :: len(some)] for place in range(len(some))]
         found: Figures = {}
         asked = (query for own in queries for query in own)
         for answer, query in zip(by_stream(turns), asked, strict=True):
             for metric, value in self.judge(answer, query.references).items():
                 found.setdefault(metric, []).append(value)
         return found
+
+
+def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Cut a sequence into pieces of so many; the last one may be shorter."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def by_stream(turns: Iterable[Sequence[Item]]) -> list[Item]:

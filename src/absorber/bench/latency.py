@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from absorber.absorption import absorb_context
+from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, read_on, untouched
 from absorber.bench.speed import Cell, Figure, make_room, milliseconds
@@ -34,7 +34,7 @@ from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
 from absorber.fused_text import fused
-from absorber.lessons import Lesson, Past
+from absorber.lessons import Lesson, Part, Past
 from absorber.optimizer import new_optimizer, take_step
 from absorber.student import gradients, look
 from absorber.teacher import teach
@@ -349,9 +349,7 @@ class Desk:
                 self.tokens(m),
                 config,
                 sink_id=_SINK,
-                past=past,
-                anchors=anchors,
-                round_number=1 + config.replay_rounds,
+                earlier=Earlier(past, anchors, 1 + config.replay_rounds),
             )
 
         taken = milliseconds(self._device, work, repeats=task.repeats if self._batch == 1 else 1)
@@ -368,7 +366,8 @@ class Desk:
         """The passes that a round is made of, one by one."""
         task, config, adapter = self._task, self.absorb_config(), self.adapter
         lesson = Lesson(self.tokens(task.context_tokens), self.tokens(task.sync_tokens), 0, (1,))
-        running_B = torch.ones(self._batch, dtype=torch.bool, device=self._device)
+        parts = [Part(lesson, None, own=True)]
+        running_B = torch.ones(self._batch, dtype=torch.bool)
         optimizer = new_optimizer(adapter.parameters(), config)
         before = adapter.snapshot()
         texts = (lesson.context_BN, lesson.subsequent_BM)
@@ -377,10 +376,10 @@ class Desk:
             lesson.target = teach(self._backbone, adapter, *texts, config, sink_id=_SINK)
 
         def student() -> None:
-            gradients(self._backbone, adapter, before, lesson, config, running_B, sink_id=_SINK, segments=1)
+            gradients(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0)
 
         def looked() -> None:
-            look(self._backbone, adapter, before, lesson, config, sink_id=_SINK, segments=1)
+            look(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0)
 
         def optimize() -> None:
             take_step(optimizer, adapter, running_B, 0.0)

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from absorber.backbone import Backbone, forward_states, read_on, with_sink
 
 # Largest piece of a row given to the model at once, so that activations stay small.
 _PIECE_TOKENS = 1024
+_WIDE_BYTES = 4 * 2**30
 
 
 class Reading:
@@ -43,6 +45,25 @@ class Reading:
         twin._cache = copy.deepcopy(self._cache)
         return twin
 
+    def widened(self, times: int) -> "Reading":
+        """Return a copy in which every row stands so many times, one after another."""
+        twin = self.fork()
+        if twin._cache is not None:
+            twin._cache.batch_repeat_interleave(times)
+        if twin._read_BT is not None:
+            twin._read_BT = twin._read_BT.repeat_interleave(times, dim=0)
+        return twin
+
+    @property
+    def width(self) -> int:
+        """How many times every row may stand in a copy that takes a few gigabytes at most; 1 is always allowed."""
+        layers = [] if self._cache is None else self._cache.layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return 1
+        tensors = [tensor for layer in layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return max(1, _WIDE_BYTES // held) if held else 1
+
     @torch.no_grad()
     def read(self, ids_BT: Tensor) -> Tensor:
         """Read tokens after those read before.
@@ -66,6 +87,8 @@ class Reading:
 
 class KeptReading(Reading):
     """What a method keeps of a text in a cache of its own, which no tokens can stand for."""
+
+    width = 1
 
     last_BD: Tensor
     """Final states of the last token that was read: what the next one is predicted from."""

@@ -10,11 +10,12 @@ from absorber.bench.records import Record, model_label, read_records
 from absorber.bench.report_cost import cost_figure, cost_table
 from absorber.bench.report_curves import curves
 from absorber.bench.report_families import family_tables
-from absorber.bench.report_layout import Gallery, Report, Section, Table
+from absorber.bench.report_layout import Cell, Gallery, Report, Section, Table
 from absorber.bench.report_missing import TASKS, gaps, matrix
 from absorber.bench.report_paper import ablated_tables, printed_tables
 from absorber.bench.report_short import in_short
 from absorber.bench.report_tables import BY_ROUND, groups, tables
+from absorber.bench.speed import break_even
 from absorber.errors import BenchmarkError, MissingExtraError
 
 _PAPER = (
@@ -117,7 +118,21 @@ def _of_task(task: str, records: Sequence[Record]) -> Section:
             title = " — ".join(part for part in (group.title, gallery.title) if part)
             section.parts.append(type(gallery)(title, gallery.legend, gallery.panels))
         section.parts.extend(table for table in laid if table.is_folded)
+    if task == "latency" and (even := _even(records)).rows:
+        section.parts.insert(0, even)
     return section
+
+
+def _even(records: Sequence[Record]) -> Table:
+    """From how many tokens on absorbing is quicker than full attention, on each device."""
+    rows = [
+        (Cell(device), *map(Cell, row))
+        for device in dict.fromkeys(record.device for record in records)
+        for row in break_even([record for record in records if record.device == device])
+    ]
+    heads = ("device", "model", "method", "streams", "tokens")
+    notes = ["A token of full attention at its best takes longer from so many tokens on than one with absorption."]
+    return Table("Quicker than full attention, absorption included", heads, rows, notes)
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:

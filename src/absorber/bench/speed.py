@@ -251,11 +251,11 @@ def break_even(records: Sequence[Record]) -> list[tuple[str, ...]]:
     Returns:
         Rows of model, method, streams, and tokens: a number, or what can be said instead.
     """
-    times: dict[tuple[str, str, int], dict[int, float]] = {}
+    times: dict[tuple[str, str, Any], dict[int, float]] = {}
     for record in records:
         metric = "ms_per_token" if record.method == "full" else "ms_per_token_with_absorption"
         if record.metric in (metric, "out_of_memory"):
-            cell = times.setdefault((record.model, record.method, record.config["batch"]), {})
+            cell = times.setdefault((record.model, record.method, record.config.get("batch")), {})
             cell[record.context_length] = math.inf if record.metric == "out_of_memory" else record.value
     rows: list[tuple[str, ...]] = []
     for (model, method, batch), own in times.items():

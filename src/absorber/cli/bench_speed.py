@@ -180,7 +180,7 @@ def show_speed(report: Output, records: "Sequence[Record]") -> None:
     for part in (decoding, [record for record in found if record not in decoding]):
         if part:
             show_rows(report, *speed_rows(part))
-    heads = ("model", "method", "streams", "quicker than full attention from so many tokens on, absorption included")
+    heads = ("model", "method", "streams", "quicker than full attention from")
     show_rows(report, heads, break_even([record for record in found if record.task == "latency"]))
 
 

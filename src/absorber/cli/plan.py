@@ -116,6 +116,7 @@ def _show(report: Output, chosen: "Plan", size: int, rate: float, rates: "Rates"
         total_bytes=needs.total,
         absorb_ms=chosen.absorb_ms,
         decode_ms=chosen.decode_ms,
+        merged_decode_ms=chosen.merged_decode_ms,
         break_even_tokens=chosen.break_even_tokens,
         tflops=rates.flops / 1e12,
         bandwidth_gigabytes=rates.bandwidth / 1e9,
@@ -124,7 +125,8 @@ def _show(report: Output, chosen: "Plan", size: int, rate: float, rates: "Rates"
     report.show("# " + ", ".join(f"{part} {spell_bytes(count)}" for part, count in parts.items()))
     report.show(
         f"# absorbing {chosen.absorb_ms:.3g} ms a token, {rate * chosen.absorb_ms / 10:.0f} % of the time at {rate:g} "
-        f"tokens a second; writing {chosen.decode_ms:.3g} ms a token"
+        f"tokens a second; writing {chosen.decode_ms:.3g} ms a token with the memory beside the base, "
+        f"{chosen.merged_decode_ms:.3g} merged into a copy of the weights, which needs their memory once more"
     )
     report.show(
         f"# times are estimates, from {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s; "
