@@ -91,9 +91,10 @@ def test_both_readings_of_the_papers_objective():
     assert configs["KL"] == default.replace(hidden_weight=0.0, kl_weight=1.0)
 
 
-def test_temp_lora_is_the_published_baseline():
+def test_temp_lora_is_the_baseline_at_its_best_and_at_its_published_rate():
     configs = [cell.config for cell in variants("temp_lora")]
     assert {METHODS[name].absorb_config for name in ("temp-lora", "temp-lora-16")} <= set(configs)
+    assert METHODS["temp-lora"].replace(learning_rate=5e-5).absorb_config in configs
     for steps in (2, 16):
         rates = {config.learning_rate for config in configs[1:] if config.max_steps == steps}
         assert len(rates) == 4

@@ -1,7 +1,9 @@
 """Tables of the tasks that ask about a long context, from records and from nothing else."""
 
+import math
 from collections.abc import Sequence
 
+from absorber.bench.answer_gaps import LIKELIHOODS, with_gaps
 from absorber.bench.asking import AskingTask
 from absorber.bench.figures import Row
 from absorber.bench.icl import InContext
@@ -22,15 +24,16 @@ def answer_rows(records: Sequence[Record], task: str) -> tuple[Row, list[Row]]:
 
     Returns:
         The heads, and the rows. The task's first figure comes with its 95 % interval, and beside it what the same model
-        answers with everything in view, and what guessing would give where that can be said.
+        answers with everything in view, and what guessing would give where that can be said; beside the likelihood of
+        the right answer the gap closed, where there are records of `truncation` too.
     """
-    units = ASKING_TASKS[task].units
+    units = dict(ASKING_TASKS[task].units)
     main = next(iter(units))
+    units |= {f"{metric.removesuffix('nll')}gap_closed": "ratio" for metric in units if metric in LIKELIHOODS}
     runs: dict[tuple[str, str, str, str], dict[tuple[str, str], Record]] = {}
-    for record in records:
-        if record.task == task:
-            run = (record.config["task"]["kind"], str(record.context_length), record.method, str(record.seed))
-            runs.setdefault(run, {})[record.config["view"], record.metric] = record
+    for record in with_gaps([record for record in records if record.task == task]):
+        run = (record.config["task"]["kind"], str(record.context_length), record.method, str(record.seed))
+        runs.setdefault(run, {})[record.config["view"], record.metric] = record
     there = {metric for found in runs.values() for _, metric in found}
     shown = {metric: unit for metric, unit in units.items() if metric in there}
     heads: Row = ("data", "tokens", "method", "seed", "view", _words(main), f"{_words(main)} of full", "by chance")
@@ -57,6 +60,8 @@ def _words(metric: str) -> str:
 def _figure(record: Record | None, unit: str) -> str:
     if record is None:
         return ""
+    if not math.isfinite(record.value):
+        return "no gap"
     return _percent(record.value) if unit == "ratio" else f"{record.value:.3f}"
 
 

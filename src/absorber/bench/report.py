@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from absorber.bench.answer_gaps import with_gaps
 from absorber.bench.records import Record, model_label, read_records
 from absorber.bench.report_cost import cost_figure, cost_table
 from absorber.bench.report_curves import curves
@@ -77,7 +78,7 @@ def make_report(records: Sequence[Record]) -> Report:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("the report's figures need matplotlib: pip install 'absorber[bench]'") from error
-    own = list(records)
+    own = with_gaps(records)
     tasks = [task for task in dict.fromkeys([*TASKS, *(record.task for record in own)]) if task != "ablation"]
     sections = [_of_task(task, [record for record in own if record.task == task]) for task in tasks]
     sections = [section for section in sections if section.parts]
@@ -86,8 +87,8 @@ def make_report(records: Sequence[Record]) -> Report:
     sections.append(Section("cost-quality", "Cost against quality", [_COST], _cost(own)))
     sections.append(Section("paper", "The paper's tables 1 to 4 beside ours", [_PAPER], list(printed_tables(own))))
     ablations = Section("ablations", "Ablations, and the paper's tables 5 to 7", [_PAPER], list(ablated_tables(own)))
-    missing = Section("not-run", "What was not run", gaps(own), [matrix(own)])
-    return Report(own, _facts(own), [*sections, ablations, missing])
+    missing = Section("not-run", "What was not run", gaps(records), [matrix(records)])
+    return Report(own, _facts(records), [*sections, ablations, missing])
 
 
 _COST = "Wall time of reading and absorbing a stream, from the records of retention, against the gap that is closed."

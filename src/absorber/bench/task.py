@@ -228,5 +228,5 @@ def as_gap(record: Record, without: Sequence[float], with_memory: Sequence[float
         full: With full attention.
     """
     value, low, high = gap_interval(without, with_memory, full)
-    ends = (low, high) if math.isfinite(low) else (None, None)
+    ends = (low, high) if math.isfinite(value) and math.isfinite(low) else (None, None)
     return dataclasses.replace(record, value=value, per_sample=[], ci95_low=ends[0], ci95_high=ends[1])
