@@ -310,3 +310,13 @@ def test_the_committed_records_make_a_page():
     folder = Path(__file__).parents[2] / "records"
     report = make_report(read_all(sorted(folder.glob("recall/*.jsonl"))))
     assert "75.0 %" in to_html(report)
+
+
+def test_a_setting_that_older_records_do_not_know_parts_nothing_unless_it_differs():
+    def record(**settings):
+        return dataclasses.replace(made("divination", "full", "f1", 0.5), config={"task": {"kind": "stars"} | settings})
+
+    old, new, other = record(), record(query=64), record(query=32)
+    assert len(groups([old, new])) == 1
+    assert len(groups([old, new, other])) == 3
+    assert len(groups([new, other])) == 2

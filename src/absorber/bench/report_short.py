@@ -43,7 +43,9 @@ def in_short(records: Sequence[Record]) -> Table:
     for task in [task for task in dict.fromkeys([*TASKS, *(record.task for record in records)]) if task in there]:
         for group in groups([record for record in records if record.task == task]):
             rows += list(_rows(task, group))
-    return Table("", heads, rows, [_NOTE] if rows else [])
+    labelled = [model_label(model) for model in sorted({record.model for record in records})]
+    origin = [f"{name}." for name in labelled if "(" in name]
+    return Table("", heads, rows, [_NOTE, *origin] if rows else [])
 
 
 def _rows(task: str, group: Group) -> Iterator[tuple[Cell, ...]]:
@@ -63,7 +65,7 @@ def _rows(task: str, group: Group) -> Iterator[tuple[Cell, ...]]:
             if not best:
                 continue
             whole = [record for record in group.records if _is_whole(record, longest[0], said)]
-            setting = f"{model_label(longest[0].model)}; {group.title or longest[0].device}"
+            setting = f"{longest[0].model.rsplit('/', 1)[-1]}; {group.title or longest[0].device}"
             yield (
                 words(f"{task}: {', '.join([plain(metric), *said])}"),
                 Cell(best, kind="best"),

@@ -50,10 +50,19 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """Part the records of one task by setting, model and device."""
+    """Part the records of one task by setting, model and device.
+
+    A setting that some records do not know, as they are older, and that is the same in all others, parts none.
+    """
+    keys = [_setting(record) for record in records]
+    values: dict[str, set[str]] = defaultdict(set)
+    for name, value in {pair for key in keys for pair in key}:
+        values[name].add(value)
+    known = {name for name in values if all(name in dict(key) for key in set(keys))}
+    parting = {name for name, own in values.items() if name in known or len(own) > 1}
     found: dict[Key, list[Record]] = defaultdict(list)
-    for record in records:
-        found[_setting(record)].append(record)
+    for key, record in zip(keys, records, strict=True):
+        found[tuple((name, value) for name, value in key if name in parting)].append(record)
     everywhere = set.intersection(*(set(key) for key in found)) if found else set()
     made = []
     for key, own in found.items():
