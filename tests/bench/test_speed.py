@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from absorber.backbone import inspect
-from absorber.bench import speed
+from absorber.bench import latency, speed
 from absorber.bench.cost import Cost, step_flops
 from absorber.bench.families.trunk import TrunkForCausalLM
 from absorber.bench.geometry import GEOMETRIES, build_geometry, geometry_config
@@ -125,12 +125,28 @@ def test_cost_against_its_references(shape, sheet):
         assert found["absorber", batch, "times_peft-lora"] == pytest.approx(ours / theirs)
         assert 0 < found["absorber", batch, "mfu"] < 1
     assert ("one-by-one", 1, "round_ms") not in found
+    assert ("absorber-ages", 1, "round_ms") not in found
+    assert found["absorber-ages", 2, "round_ms"] > 0
     assert found["absorber", 2, "times_one-by-one"] > 0
     assert found["absorber", 2, "times_peft-one-by-one"] > 0
     speeds = [found[method, 2, "absorbed_tokens_per_second"] for method in ("absorber", "peft-one-by-one")]
     assert found["absorber", 2, "times_peft-one-by-one"] == pytest.approx(speeds[0] / speeds[1])
     assert all(torch.equal(weight, before[name]) for name, weight in shape.model.state_dict().items())
     assert not any(weight.requires_grad for weight in shape.model.parameters())
+
+
+def test_streams_of_a_round_are_of_one_age_or_of_many(shape, monkeypatch):
+    seen, usual = [], latency.absorb_context
+    monkeypatch.setattr(
+        latency, "absorb_context", lambda *args, **more: seen.append(more["earlier"]) or usual(*args, **more)
+    )
+    desk = latency.Desk(Latency(batches=(3,), **SMALL), shape, 3)
+    desk.round("never")
+    desk.round("never", of_all_ages=True)
+    same, different = seen[0], seen[-1]
+    assert same.past[0].context_BN.shape[0] == 3
+    assert [one.past[0].context_BN.shape[0] for one in different] == [1, 1, 1]
+    assert len({one.round_number for one in different}) == 3
 
 
 class Operations(TorchDispatchMode):

@@ -5,6 +5,7 @@
     peft-one-by-one    the same with a plain training loop: PEFT, next-token loss, AdamW, K steps on m tokens
     peft-lora          that loop with one adapter for all rows, K steps on S x m tokens
     absorber           rounds of S streams at once, each with an adapter of its own, a teacher, replay and anchors
+    absorber-ages      the same of streams of different age, which replay other things at other steps
 
 All take K steps to absorb n tokens of a stream. Weights and tokens are random. On a CPU only ratios count.
 """
@@ -69,6 +70,8 @@ class Cost:
             bench = _Bench(self.task, backbone, batch, rates)
             for method, run in {**bench.references(), "absorber": bench.absorber}.items():
                 yield Cell(method, window, self.task.config(batch), partial(bench.noted, method, run))
+            if batch > 1:
+                yield Cell("absorber-ages", window, self.task.config(batch), bench.of_all_ages)
 
 
 def _matmul(backbone: Backbone, rates: dict[str, float]) -> Figure:
@@ -100,6 +103,9 @@ class _Bench:
 
     def one_by_one(self) -> list[Figure]:
         return Desk(self._task, self._backbone, 1).round("if needed")
+
+    def of_all_ages(self) -> list[Figure]:
+        return Desk(self._task, self._backbone, self._batch).round("if needed", of_all_ages=True)
 
     def absorber(self) -> list[Figure]:
         desk = Desk(self._task, self._backbone, self._batch)

@@ -325,23 +325,38 @@ class Desk:
         recorded = self._device.type == "cuda" and not self._task.eager
         return self._task.absorb.replace(cuda_graphs=recorded, checkpointing=checkpointing, rollback="nonfinite")
 
-    def round(self, checkpointing: Checkpointing) -> list[Figure]:
-        """One round with everything that it has to replay, from the teacher's pass to the last look."""
+    def round(self, checkpointing: Checkpointing, *, of_all_ages: bool = False) -> list[Figure]:
+        """One round with everything that it has to replay, from the teacher's pass to the last look.
+
+        Args:
+            checkpointing: Whether activations are computed again.
+            of_all_ages: Let each stream be of another age, so that it replays other things at other steps.
+        """
         if checkpointing == "if needed":
             with contextlib.suppress(torch.OutOfMemoryError, DeviceMemoryError):
-                return self.round("never")
+                return self.round("never", of_all_ages=of_all_ages)
             self._adapter = None  # with the graphs that were recorded of its steps
             make_room(self._device)
-            return self.round("always")
+            return self.round("always", of_all_ages=of_all_ages)
         task, config = self._task, self.absorb_config(checkpointing=checkpointing == "always")
         n, m = task.context_tokens, task.sync_tokens
-        past = [Past(self.tokens(n).cpu(), self.tokens(m).cpu()) for _ in range(config.replay_rounds)]
+        texts = self.tokens(n).cpu(), self.tokens(m).cpu()
         anchors = self.tokens(config.anchor_tokens, rows=config.anchor_texts) if config.has_anchors else None
+        ages = [slice(row, row + 1) for row in range(self._batch)] if of_all_ages else [slice(None)]
+        earlier = [
+            Earlier(
+                [Past(texts[0][rows], texts[1][rows]) for _ in range(config.replay_rounds)],
+                anchors,
+                1 + config.replay_rounds + age,
+            )
+            for age, rows in enumerate(ages)
+        ]
 
         def work() -> None:
             # What the teacher said of earlier rounds is kept; in a long stream it reads about one of them anew.
-            for kept in [kept for kept in past if kept.target is not None][:1]:
-                kept.target = None
+            for one in earlier:
+                for kept in [kept for kept in one.past if kept.target is not None][:1]:
+                    kept.target = None
             absorb_context(
                 self._backbone,
                 self.adapter,
@@ -349,11 +364,12 @@ class Desk:
                 self.tokens(m),
                 config,
                 sink_id=_SINK,
-                earlier=Earlier(past, anchors, 1 + config.replay_rounds),
+                earlier=earlier if of_all_ages else earlier[0],
             )
 
         taken = milliseconds(self._device, work, repeats=task.repeats if self._batch == 1 else 1)
-        self._round_ms = min(taken) if self._round_ms is None else min(*taken, self._round_ms)
+        if not of_all_ages:
+            self._round_ms = min(taken) if self._round_ms is None else min(*taken, self._round_ms)
         per_token = tuple(each / n for each in taken)
         return [
             Figure("round_ms", taken, "ms"),
