@@ -138,6 +138,8 @@ class Adapter:
     def attached(self, backbone: Backbone) -> Iterator[None]:
         """Apply the adapter to every forward pass of the model inside the `with` block.
 
+        The sum may be written over what a projection gave: a hook of others that keeps that has to copy it.
+
         Raises:
             ModelError: If another adapter is attached, or a projection is not in the model.
         """
