@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import absorber.student
+import absorber.absorption
 import absorber.study
 from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
@@ -69,7 +69,7 @@ def rounds(backbone):
 def test_a_recorded_round_goes_as_a_usual_one(monkeypatch):
     backbone = inspect(build("llama").to("cuda"))
     recorded = rounds(backbone)
-    for module in (absorber.student, absorber.study):
+    for module in (absorber.absorption, absorber.study):
         monkeypatch.setattr(module, "graphs_of", lambda *args: None)
     for ours, usual in zip(recorded, rounds(backbone), strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-3, atol=1e-3)

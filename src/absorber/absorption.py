@@ -25,6 +25,7 @@ from absorber.backbone import Backbone, check_positions, forward_states, on_its_
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
 from absorber.fused_text import fused
+from absorber.graphs import graphs_of
 from absorber.lessons import Lesson, Lessons, LessonsTogether, Part, Past
 from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, take_step
@@ -214,6 +215,7 @@ class _Trainer:
         self._backbone, self._adapter, self._before = backbone, adapter, before
         self._lessons, self._results, self._config, self._sink_id = lessons, results, config, sink_id
         self._running_B = torch.ones(len(results), dtype=torch.bool)  # on the CPU, which need not wait to look at it
+        self._graphs = graphs_of(backbone, adapter) if config.cuda_graphs else None
         self._unread: list[tuple[Tensor, Tensor]] = []
 
     def look(self) -> None:
@@ -239,7 +241,14 @@ class _Trainer:
                 loss_B = self._losses(parts, 0)
             else:
                 loss_B = gradients(
-                    self._backbone, self._adapter, self._before, parts, config, sink_id=self._sink_id, step=step
+                    self._backbone,
+                    self._adapter,
+                    self._before,
+                    parts,
+                    config,
+                    sink_id=self._sink_id,
+                    step=step,
+                    graphs=self._graphs,
                 )
             own_B = torch.zeros_like(self._running_B)
             for part in parts:
@@ -261,7 +270,16 @@ class _Trainer:
         return self._lessons.parts(step, self._running_B, self._teach)
 
     def _losses(self, parts: Sequence[Part], step: int) -> Tensor:
-        return look(self._backbone, self._adapter, self._before, parts, self._config, sink_id=self._sink_id, step=step)
+        return look(
+            self._backbone,
+            self._adapter,
+            self._before,
+            parts,
+            self._config,
+            sink_id=self._sink_id,
+            step=step,
+            graphs=self._graphs,
+        )
 
     def _teach(self, lesson: Lesson, rows: Tensor | None) -> Target:
         """Ask the teacher, who has the memory as it was `before` the round, whatever step this is."""

@@ -4,7 +4,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,14 @@ from absorber.adapter import Adapter, Snapshot, mean_update
 from absorber.backbone import Backbone, checkpointed, forward_states, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError
-from absorber.graphs import graphs_of, without_masks
+from absorber.graphs import StepGraphs, without_masks
 from absorber.lessons import Part
 from absorber.optimizer import clip
 from absorber.synchronization import Target, distribution_loss, hidden_distance
 from absorber.teacher import hidden_layers
+
+Loss = partial[Tensor]
+"""`synchronization_loss`, which a part is missing of."""
 
 
 def synchronization_loss(
@@ -100,6 +103,7 @@ def gradients(
     *,
     sink_id: int | None,
     step: int,
+    graphs: StepGraphs | None = None,
 ) -> Tensor:
     """Run the student forward and backward; the streams' gradients, clipped, are left in the weights' `grad`.
 
@@ -111,23 +115,19 @@ def gradients(
         config: Losses and their weights.
         sink_id: First token of the student, or None.
         step: Which step; says into how many pieces, read one by one, the texts are cut.
+        graphs: Where the step is recorded and replayed, from `graphs_of`; None to run it as it is.
 
     Returns:
         [B]: the losses, without gradient; zero for streams that are in no part.
     """
     for weight in adapter.parameters():
         weight.grad = None
-    loss_B = None
-    if len(parts) == 1 and parts[0].rows is None:
-        loss_B = _recorded(backbone, adapter, before, parts[0], config, sink_id=sink_id, step=step, learns=True)
+    finish = partial(_finish, adapter, config)
+    compute = partial(synchronization_loss, backbone, adapter, before, config=config, sink_id=sink_id, step=step)
+    loss_B = _recorded(graphs, backbone, parts, compute, finish)
     if loss_B is None:
-        loss_B = torch.zeros(adapter.num_streams, device=backbone.device)
-        for part in parts:
-            with adapter.only(part.rows):  # the backward pass too, for blocks that are computed again
-                loss = synchronization_loss(backbone, adapter, before, part, config, sink_id=sink_id, step=step)
-                loss.sum().backward()  # type: ignore[no-untyped-call]
-            loss_B[slice(None) if part.rows is None else part.rows] = loss.detach()
-        _finish(adapter, config)
+        loss_B = _as_usual(adapter, parts, compute, learns=True)
+        finish()
     return loss_B
 
 
@@ -141,17 +141,23 @@ def look(
     *,
     sink_id: int | None,
     step: int,
+    graphs: StepGraphs | None = None,
 ) -> Tensor:
     """Compute the losses [B] of `gradients` alone, of streams that are not to learn now."""
-    if len(parts) == 1 and parts[0].rows is None:
-        loss_B = _recorded(backbone, adapter, before, parts[0], config, sink_id=sink_id, step=step, learns=False)
-        if loss_B is not None:
-            return loss_B
-    loss_B = torch.zeros(adapter.num_streams, device=backbone.device)
+    compute = partial(synchronization_loss, backbone, adapter, before, config=config, sink_id=sink_id, step=step)
+    loss_B = _recorded(graphs, backbone, parts, compute, None)
+    return _as_usual(adapter, parts, compute, learns=False) if loss_B is None else loss_B
+
+
+def _as_usual(adapter: Adapter, parts: Sequence[Part], compute: Loss, *, learns: bool) -> Tensor:
+    """The losses of all parts, one part after another, and their gradients added up."""
+    loss_B = torch.zeros(adapter.num_streams, device=next(iter(adapter.down.values())).device)
     for part in parts:
-        with adapter.only(part.rows):
-            loss = synchronization_loss(backbone, adapter, before, part, config, sink_id=sink_id, step=step)
-        loss_B[slice(None) if part.rows is None else part.rows] = loss
+        with adapter.only(part.rows):  # the backward pass too, for blocks that are computed again
+            loss = compute(part=part)
+            if learns:
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss_B[slice(None) if part.rows is None else part.rows] = loss.detach()
     return loss_B
 
 
@@ -163,24 +169,22 @@ def _finish(adapter: Adapter, config: AbsorbConfig) -> None:
 
 
 def _recorded(
+    graphs: StepGraphs | None,
     backbone: Backbone,
-    adapter: Adapter,
-    before: Snapshot,
-    part: Part,
-    config: AbsorbConfig,
-    *,
-    sink_id: int | None,
-    step: int,
-    learns: bool,
+    parts: Sequence[Part],
+    compute: Loss,
+    finish: Callable[[], None] | None,
 ) -> Tensor | None:
-    """The same of all streams from a CUDA graph; None where there is none. The losses alone unless it learns."""
-    lesson = part.lesson
-    graphs, target = graphs_of(backbone, adapter) if config.cuda_graphs else None, lesson.target
-    if graphs is None or target is None or len(target.finals) > 1 or config.update_penalty != "none":
+    """The same of all streams at once from a CUDA graph; None where there is none. Without `finish` the losses alone."""
+    config, sink_id, step = (compute.keywords[name] for name in ("config", "sink_id", "step"))
+    part, target = parts[0], parts[0].lesson.target
+    if graphs is None or len(parts) > 1 or part.rows is not None or target is None:
         return None
-    num_layers, shares = len(target.layers), [share for share, _ in target.finals]
+    if len(target.finals) > 1 or config.update_penalty != "none":
+        return None
+    lesson, num_layers, shares = part.lesson, len(target.layers), [share for share, _ in target.finals]
 
-    def compute(context_BN: Tensor, subsequent_BM: Tensor, *states: Tensor) -> Any:
+    def of_tensors(context_BN: Tensor, subsequent_BM: Tensor, *states: Tensor) -> Any:
         finals = tuple(zip(shares, states[num_layers:], strict=True))
         text = dataclasses.replace(
             lesson,
@@ -188,11 +192,9 @@ def _recorded(
             subsequent_BM=subsequent_BM,
             target=Target(layers=states[:num_layers], finals=finals),
         )
-        own = dataclasses.replace(part, lesson=text)
         with without_masks(backbone):
-            return synchronization_loss(backbone, adapter, before, own, config, sink_id=sink_id, step=step)
+            return compute(part=dataclasses.replace(part, lesson=text))
 
     states = [*target.layers, *(final for _, final in target.finals)]
     key = (lesson.is_anchor, lesson.num_generated, lesson.pieces(step), num_layers, tuple(shares), config, sink_id)
-    inputs = [lesson.context_BN, lesson.subsequent_BM, *states]
-    return graphs.run(key, compute, inputs, partial(_finish, adapter, config) if learns else None)
+    return graphs.run(key, of_tensors, [lesson.context_BN, lesson.subsequent_BM, *states], finish)

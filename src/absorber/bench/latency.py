@@ -34,6 +34,7 @@ from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
 from absorber.fused_text import fused
+from absorber.graphs import graphs_of
 from absorber.lessons import Lesson, Part, Past
 from absorber.optimizer import new_optimizer, take_step
 from absorber.student import gradients, look
@@ -383,6 +384,7 @@ class Desk:
         task, config, adapter = self._task, self.absorb_config(), self.adapter
         lesson = Lesson(self.tokens(task.context_tokens), self.tokens(task.sync_tokens), 0, (1,))
         parts = [Part(lesson, None, own=True)]
+        graphs = graphs_of(self._backbone, adapter) if config.cuda_graphs else None
         running_B = torch.ones(self._batch, dtype=torch.bool)
         optimizer = new_optimizer(adapter.parameters(), config)
         before = adapter.snapshot()
@@ -392,10 +394,10 @@ class Desk:
             lesson.target = teach(self._backbone, adapter, *texts, config, sink_id=_SINK)
 
         def student() -> None:
-            gradients(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0)
+            gradients(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0, graphs=graphs)
 
         def looked() -> None:
-            look(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0)
+            look(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0, graphs=graphs)
 
         def optimize() -> None:
             take_step(optimizer, adapter, running_B, 0.0)
