@@ -175,7 +175,7 @@ def _recorded(
     compute: Loss,
     finish: Callable[[], None] | None,
 ) -> Tensor | None:
-    """The same of all streams at once from a CUDA graph; None where there is none. Without `finish` the losses alone."""
+    """The same of all streams from a CUDA graph; None where there is none. Without `finish` the losses alone."""
     config, sink_id, step = (compute.keywords[name] for name in ("config", "sink_id", "step"))
     part, target = parts[0], parts[0].lesson.target
     if graphs is None or len(parts) > 1 or part.rows is not None or target is None:
