@@ -173,7 +173,6 @@ class LessonsTogether:
     def __init__(self, each: Sequence[Lessons]) -> None:
         """Take the lessons of each stream, all of whose own texts have one shape."""
         self._each = each
-        self.own = Lesson.joined([lessons.own for lessons in each])
         self.peaks = tuple(peak for lessons in each for peak in lessons.peaks)
 
     def parts(self, step: int, running_B: Tensor, ask: Ask) -> list[Part]:
@@ -183,17 +182,16 @@ class LessonsTogether:
             lesson = self._each[index].of_step(step)
             shape = (lesson.context_BN.shape, lesson.subsequent_BM.shape, lesson.num_generated, lesson.pieces(step))
             groups.setdefault((shape, lesson.is_anchor), []).append(index)
-        return [self._part(step, indices, running_B, ask) for indices in groups.values()]
+        return [self._part(step, indices, ask) for indices in groups.values()]
 
-    def _part(self, step: int, indices: list[int], running_B: Tensor, ask: Ask) -> Part:
+    def _part(self, step: int, indices: list[int], ask: Ask) -> Part:
         lessons = [self._each[index].of_step(step) for index in indices]
         untaught = [index for index, lesson in zip(indices, lessons, strict=True) if lesson.target is None]
         if untaught:
             asked = [self._each[index].of_step(step) for index in untaught]
             target = ask(Lesson.joined(asked), torch.tensor(untaught))
             for place, (index, lesson) in enumerate(zip(untaught, asked, strict=True)):
-                row = torch.tensor([place])
-                self._each[index].take(lesson, target.rows(row))
+                self._each[index].take(lesson, target.rows(torch.tensor([place])))
         rows = None if len(indices) == len(self._each) else torch.tensor(indices)
         own = tuple(lesson is self._each[index].own for index, lesson in zip(indices, lessons, strict=True))
         return Part(Lesson.joined(lessons), rows, own)
