@@ -95,3 +95,36 @@ def test_gradients_of_many_adapters(monkeypatch):
 
 def test_a_cpu_runs_the_twins():
     assert not kernels.usable(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(70, 130, 5), (64, 128, 64), (5, 300, 33)])
+def test_merge_rounded(outputs, inputs, rank):
+    weight = random(outputs, inputs, seed=1).bfloat16()
+    up, down = random(outputs, rank, seed=2, scale=1e-3), random(rank, inputs, seed=3, scale=1)
+    exact = weight.float().addmm(up, down, alpha=0.5)
+    merged, again, other = (torch.empty_like(weight) for _ in range(3))
+    for target, seed in ((merged, 3), (again, 3), (other, 4)):
+        kernels.merge_rounded(weight, up, down, 0.5, target, seed=seed)
+    below = exact.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32)
+    above = exact.view(torch.int32).bitwise_and(-(2**16)).add(2**16).view(torch.float32)
+    assert torch.equal(again, merged)
+    assert not torch.equal(other, merged)
+    # The sum in float32 may be the last bit away from ours, just across a number of bfloat16.
+    assert float(((merged == below) | (merged == above)).float().mean()) > 0.999
+    share = (exact.view(torch.int32) % 2**16).float().mean() / 2**16
+    assert float((merged == above).float().mean()) == pytest.approx(float(share), abs=3 / (outputs * inputs) ** 0.5)
+    error = (merged.float() - exact) / (above - below)
+    assert float(error.mean()) == pytest.approx(0, abs=3 / (outputs * inputs) ** 0.5)
+
+
+def test_merging_rounds_no_two_weights_and_no_two_places_alike():
+    weight = torch.ones(64, 128, device=DEVICE).bfloat16()
+    up, down = torch.full((64, 1), 2**-8, device=DEVICE), torch.ones(1, 128, device=DEVICE)  # half way to the next
+    rounded = []
+    for seed in range(2):
+        merged = torch.empty_like(weight)
+        kernels.merge_rounded(weight, up, down, 1.0, merged, seed=seed)
+        rounded.append((merged != weight).float())
+    for pair in ((rounded[0], rounded[1]), (rounded[0][1:], rounded[0][:-1]), (rounded[0][:, 1:], rounded[0][:, :-1])):
+        alike = float((pair[0] == pair[1]).float().mean())
+        assert alike == pytest.approx(0.5, abs=0.03)

@@ -4,11 +4,12 @@
     outer_products    twin: low_rank's p.mT @ q in float32      LoRA gradients of many streams at once
     attend_one        twin: one_token.attend_one                one query per row over as much of a cache as is filled
     rotate_one        twin: the model's apply_rotary_pos_emb    rotary positions of one token
+    merge_rounded     twin: merging's addmm and rounding        W + s B A, rounded at random, in one pass over W
 
 Without Triton or without CUDA `usable` says no, and the twins run.
 
 Shapes: N positions, V vocabulary; B streams, T tokens, P and Q features; H heads of queries, K of keys, C places in
-the cache, E features of a head.
+the cache, E features of a head; I inputs and O outputs of a projection, R rank.
 """
 
 from typing import Any
@@ -164,7 +165,55 @@ def rotate_one(query_BH1E: Tensor, key_BK1E: Tensor, cos_11E: Tensor, sin_11E: T
     return query, key
 
 
+def merge_rounded(
+    weight_OI: Tensor, up_OR: Tensor, down_RI: Tensor, scale: float, merged_OI: Tensor, *, seed: int
+) -> None:
+    """Write W + s B A into bfloat16, rounded up as often as it is near the upper number: right in the mean.
+
+    Args:
+        weight_OI: W, bfloat16, contiguous.
+        up_OR: B, float32, contiguous.
+        down_RI: A, float32, contiguous.
+        scale: s.
+        merged_OI: Overwritten; bfloat16, contiguous.
+        seed: Of the noise; the same seed and shape give the same noise.
+    """
+    outputs, inputs = weight_OI.shape
+    _merge_rounded[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 128))](
+        weight_OI, up_OR, down_RI, merged_OI, scale, (seed + 1) * 0x9E3779B9 % 2**31, outputs, inputs, up_OR.shape[1],
+        OUTPUTS=64, INPUTS=128, RANK=32, num_warps=8,
+    )  # fmt: skip
+
+
 if triton is not None:
+
+    @triton.jit
+    def _merge_rounded(
+        weight, up, down, merged, scale, seed, outputs, inputs, rank,
+        OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANK: tl.constexpr,
+    ) -> Any:  # fmt: skip
+        """One program per tile of W."""
+        output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
+        input = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)[None, :]
+        change = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+        for start in range(0, rank, RANK):
+            across = start + tl.arange(0, RANK)[None, :]
+            b = tl.load(up + output * rank + across, mask=(output < outputs) & (across < rank), other=0.0)
+            along = start + tl.arange(0, RANK)[:, None]
+            a = tl.load(down + along * inputs + input, mask=(along < rank) & (input < inputs), other=0.0)
+            change = tl.dot(b, a, change, input_precision="tf32x3")
+        there = (output < outputs) & (input < inputs)
+        place = output * inputs + input
+        exact = tl.load(weight + place, mask=there, other=0.0).to(tl.float32) + scale * change
+        # The place, mixed until each bit depends on all (the last steps of MurmurHash3, Appleby, 2011).
+        noise = (place + seed).to(tl.uint32)
+        noise = (noise ^ (noise >> 16)) * 0x85EBCA6B
+        noise = (noise ^ (noise >> 13)) * 0xC2B2AE35
+        noise = noise ^ (noise >> 16)
+        # The upper half of a float32 is a bfloat16; what is added to the lower half carries as often as it should.
+        bits = exact.to(tl.uint32, bitcast=True) + (noise >> 16)
+        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        tl.store(merged + place, rounded.to(tl.bfloat16), mask=there)
 
     @triton.jit
     def _rotate_one(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from absorber import kernels
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone
 
@@ -70,14 +71,18 @@ def merge(backbone: Backbone, adapter: Adapter, merged: dict[str, Tensor]) -> No
         merged: By the weight's name inside the decoder; written in place, or filled if it is empty.
     """
     generator = torch.Generator(backbone.device).manual_seed(0)
-    for name in adapter.down:
+    for seed, name in enumerate(adapter.down):
         weight: Tensor = backbone.projections[name].weight  # type: ignore[assignment]
         key = f"{in_decoder(backbone, name)}.weight"
         if key not in merged:
             merged[key] = torch.empty_like(weight)
+        factors = (adapter.up[name][0].float().contiguous(), adapter.down[name][0].float().contiguous())
+        if kernels.usable(weight) and weight.dtype == torch.bfloat16 and weight.is_contiguous():
+            kernels.merge_rounded(weight, *factors, adapter.scale, merged[key], seed=seed)
+            continue
         # One copy in float32, which everything below is done in: what this takes is the passes over it.
         exact = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        exact.addmm_(adapter.up[name][0].float(), adapter.down[name][0].float(), alpha=adapter.scale)
+        exact.addmm_(*factors, alpha=adapter.scale)
         _round_into(merged[key], exact, generator)
 
 
