@@ -19,8 +19,8 @@ from absorber import (
     SessionNotFoundError,
     StreamConfig,
 )
+from absorber.cli.opening import open_memory
 from absorber.saved_session import is_session, saved_base
-from absorber.session import open_memory
 from absorber.text import as_turn
 from architectures import build
 
@@ -183,16 +183,6 @@ def test_generating_after_an_interruption_comes_after_what_was_pending(begin, te
     twin.append(text)
     assert "".join(session.generate()) == "".join(twin.generate())
     assert session.window_ids == twin.window_ids
-
-
-def test_characters_of_several_tokens_come_whole(begin, monkeypatch):
-    session = begin()
-    session.append("x")
-    planned = iter(session.tokenize("aé😀b"))
-    monkeypatch.setattr(absorber.session, "choose_token", lambda *args, **kwargs: next(planned))
-    assert list(session.generate(max_new_tokens=8, temperature=1.0)) == ["a", "é", "😀", "b"]
-    planned = iter(session.tokenize("a😀")[:-1])
-    assert "".join(session.generate(max_new_tokens=4, temperature=1.0)) == "a\ufffd"
 
 
 def test_questions_that_cannot_be_answered(begin, config, stream):

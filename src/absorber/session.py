@@ -14,14 +14,15 @@ from absorber.config import AbsorbConfig, StreamConfig
 from absorber.decoding import StaticDecoder, Way, new_decoder
 from absorber.errors import ContextError, MemoryFileError
 from absorber.gate import Rule, helps
-from absorber.generation import Decoder, choose_token
+from absorber.generation import Decoder
 from absorber.graphs import forget
 from absorber.memory import Memory, Round
 from absorber.notes import make_guide
 from absorber.progress import OnProgress, Progress
-from absorber.saved_session import SavedSession, is_session
+from absorber.saved_session import SavedSession
 from absorber.stream import Stream, Work
 from absorber.text import as_turn, cut
+from absorber.writing import as_it_comes, write_next, write_to_end
 
 
 class Session:
@@ -221,26 +222,13 @@ class Session:
         if not question.strip():
             raise ContextError("the question is empty; give one")
         settings = self._sampling(max_new_tokens, temperature, top_p)
-        generator = torch.Generator()
-        if seed is None:
-            generator.set_state(self._generator.get_state())
-        else:
-            generator.manual_seed(seed)
+        generator = self._generator.clone_state() if seed is None else torch.Generator().manual_seed(seed)
         turn = self.tokenize(as_turn(self.tokenizer, question))
-        rule = gate or self.memory.stream.gate
-        with_memory = self._memory_helps(turn, rule)
+        with_memory = self._memory_helps(turn, gate or self.memory.stream.gate)
         decoder = self._at_window(with_memory=with_memory)
         with decoder.aside():
             decoder.read(turn)
-            written: list[int] = []
-            while len(written) < settings.max_new_tokens:
-                fresh = _write(decoder, settings, generator, at_most=settings.max_new_tokens - len(written))
-                ended = next((at for at, token in enumerate(fresh) if token in self._eos_ids), None)
-                written += fresh[:ended]
-                if ended is not None:
-                    break
-                if settings.temperature:
-                    decoder.read(fresh)
+            written = write_to_end(decoder, settings, generator, eos_ids=self._eos_ids)
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
     def generate(
@@ -271,17 +259,7 @@ class Session:
         settings = self._sampling(max_new_tokens, temperature, top_p)
         turn = "" if prompt is None else prompt if raw else as_turn(self.tokenizer, prompt)
         self.append_ids(self.tokenize(turn))  # after what an interruption left pending
-        written: list[int] = []
-        shown = ""
-        for token in self._continue(settings):
-            written.append(token)
-            text = str(self.tokenizer.decode(written, skip_special_tokens=True))
-            if not text.endswith("�"):  # the first bytes of a character that is not complete
-                yield text[len(shown) :]
-                shown = text
-        rest = str(self.tokenizer.decode(written, skip_special_tokens=True))[len(shown) :]
-        if rest:
-            yield rest
+        yield from as_it_comes(self.tokenizer, self._continue(settings))
 
     def _continue(self, settings: StreamConfig) -> Iterator[int]:
         """Tokens that follow the window, each appended before it is told; an end-of-sequence token is not told."""
@@ -289,7 +267,7 @@ class Session:
         while count < settings.max_new_tokens:
             room = self.memory.stream.window_tokens - self._stream.window_BT.shape[1]  # then a round follows
             at_most = min(settings.max_new_tokens - count, room, count or 1)
-            for token in _write(self._at_window(), settings, self._generator, at_most=at_most):
+            for token in write_next(self._at_window(), settings, self._generator, at_most=at_most):
                 self.append_ids([token])
                 if token in self._eos_ids:
                     return
@@ -392,24 +370,3 @@ class Session:
             raise MemoryFileError(f"{folder} is damaged: {error}. Restore a copy, or start anew") from error
         session._sources = saved.sources
         return session
-
-
-def _write(
-    decoder: Decoder | StaticDecoder, settings: StreamConfig, generator: torch.Generator, *, at_most: int
-) -> list[int]:
-    """The next token, not yet read, or if it is always the likeliest some of them, which are."""
-    if settings.temperature == 0:
-        return decoder.write(min(at_most, decoder.ahead))
-    return [choose_token(decoder.logits_V, temperature=settings.temperature, top_p=settings.top_p, generator=generator)]
-
-
-def open_memory(folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> Session:
-    """A session on a saved session, or on a saved memory with an empty window.
-
-    Raises:
-        MemoryFileError: If the folder is neither.
-        MemoryMismatchError: If it is of another model.
-    """
-    if is_session(folder):
-        return Session.resume(folder, model, tokenizer)
-    return Session(model, tokenizer, memory=Memory.load(folder, model))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from absorber.cli.console import Output
-from absorber.cli.opening import open_model
+from absorber.cli.opening import open_memory, open_model
 from absorber.cli.options import JsonFlag, ModelFlag, SourceArgument
 from absorber.cli.source import read_question
 
@@ -44,7 +44,7 @@ def ask(
     report = Output(json_lines=json)
     words = read_question(question)
     from absorber.saved_session import saved_base
-    from absorber.session import Session, open_memory
+    from absorber.session import Session
 
     base = saved_base(folder)
     loaded = open_model(model or base, report, device=device, dtype=dtype)

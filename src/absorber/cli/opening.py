@@ -134,6 +134,22 @@ class KeptSession:
             self.save()
 
 
+def open_memory(folder: Path, model: Any, tokenizer: Any) -> "Session":
+    """A session on a saved session, or on a saved memory with an empty window.
+
+    Raises:
+        MemoryFileError: If the folder is neither.
+        MemoryMismatchError: If it is of another model.
+    """
+    from absorber.memory import Memory
+    from absorber.saved_session import is_session
+    from absorber.session import Session
+
+    if is_session(folder):
+        return Session.resume(folder, model, tokenizer)
+    return Session(model, tokenizer, memory=Memory.load(folder, model))
+
+
 def open_session(
     folder: Path | None,
     settings: Settings,
