@@ -10,6 +10,7 @@ import torch
 from absorber.backbone import inspect
 from absorber.bench import made_up
 from absorber.bench.methods import METHODS, OUTSIDE, Compressed, Setting, compressed, method
+from absorber.bench.methods import reader as reader_module
 from absorber.bench.methods.compressed import ENVIRONMENT, Worker
 from absorber.bench.reasoning import Reasoning
 from absorber.bench.recall import Recall
@@ -102,6 +103,22 @@ def test_what_follows_sees_what_is_kept_where_it_stood(model, tokenizer, data_di
     (truncated,) = task.measure(METHODS["truncation"], inspect(model), texts, sink_id=0)
     assert found.metrics["contextless_nll"] == truncated.metrics["contextless_nll"]
     assert found.metrics["windowed_nll"] != truncated.metrics["windowed_nll"]
+
+
+def test_of_a_text_longer_than_the_positions_the_end_is_read(backbone, stand_in, monkeypatch):
+    monkeypatch.setattr(reader_module, "_RESERVED_TOKENS", backbone.max_positions - 30)
+    setting = Setting(backbone=backbone, stream=StreamConfig(sync_tokens=8), sink_id=0, num_streams=1, seed=0)
+    longer, shorter = (stand_in(0).begin(setting) for _ in range(2))
+    try:
+        ids_BT = torch.arange(2, 52)[None]
+        for start in (0, 25):
+            longer.read(ids_BT[:, start : start + 25])
+        shorter.read(ids_BT[:, -30:])
+        after_BT = torch.tensor([[5, 6, 7]])
+        assert torch.equal(longer.reading().fork().read(after_BT), shorter.reading().fork().read(after_BT))
+    finally:
+        longer.close()
+        shorter.close()
 
 
 def test_a_fork_leaves_a_reading_as_it_was(backbone, stand_in):

@@ -2,7 +2,8 @@
 
 kvpress needs a transformers older than ours, so that it runs in an environment of its own, in a process that is given
 the model and the tokens and gives back hidden states (`kvpress_worker`). The cache keeps as many entries as the window
-of all other methods has tokens, and its sink; the press reads the whole stream anew whenever it is asked.
+of all other methods has tokens, and its sink; the press reads the stream anew whenever it is asked, as much of its end
+as the model has positions for.
 
 Shapes: B streams, T tokens, D hidden.
 """
@@ -95,7 +96,7 @@ class _CompressedReader(Reader):
 
     def read(self, token_ids_BT: Tensor) -> None:
         super().read(token_ids_BT)
-        self._read_BT = torch.cat([self._read_BT, token_ids_BT], dim=1)
+        self._read_BT = torch.cat([self._read_BT, token_ids_BT], dim=1)[:, -self.setting.most_tokens :]
         self._reading = None
 
     def reading(self) -> KeptReading:

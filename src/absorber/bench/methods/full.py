@@ -4,15 +4,11 @@ from torch import Tensor
 
 from absorber.bench.methods.reader import Method, Questions, Reader, Setting
 
-# What is scored after the text needs positions too.
-_RESERVED_TOKENS = 1024
-
 
 class _FullReader(Reader):
     @property
     def kept_tokens(self) -> int:
-        limit = self.setting.backbone.max_positions
-        return 10**9 if limit is None else limit - _RESERVED_TOKENS
+        return self.setting.most_tokens
 
     def contextless(self, questions: Questions | None = None) -> Tensor:
         return self.recent_BT

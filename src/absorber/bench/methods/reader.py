@@ -19,6 +19,9 @@ from absorber.config import StreamConfig
 from absorber.errors import ConfigError
 from absorber.notes import Guide
 
+# What is scored after a text needs positions too.
+_RESERVED_TOKENS = 1024
+
 Questions = Sequence[Sequence[int]]
 """For each stream the token ids of a question that follows; a method that searches what it has read looks for it."""
 
@@ -39,6 +42,12 @@ class Setting:
     """Of the method's randomness."""
     guide: Guide | None = None
     """For study."""
+
+    @property
+    def most_tokens(self) -> int:
+        """As many tokens of a stream as can be in view at once."""
+        limit = self.backbone.max_positions
+        return 10**9 if limit is None else limit - _RESERVED_TOKENS
 
 
 class Reader:
