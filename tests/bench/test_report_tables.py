@@ -75,6 +75,17 @@ def test_seeds_with_data_of_their_own_are_one_line():
     assert set(labels([*records, other]).values()) == {"rnn (rank 3)", "rnn (rank 4)"}
 
 
+def test_how_a_method_was_computed_and_what_older_records_do_not_know_are_no_difference():
+    settings = ({"rank": 3}, {"rank": 3, "cuda_graphs": True, "anchors": 5}, {"rank": 3, "cuda_graphs": False})
+    records = [made("icl", "lora", "nll", 2.0, unit="nats", seed=seed, own=own) for seed, own in enumerate(settings)]
+    assert set(labels(records).values()) == {"lora"}
+    idle, studied = ({"study": study, "study_steps": 4} for study in ("off", "light"))
+    records = [made("icl", "lora", "nll", 2.0, unit="nats", own=own) for own in (idle, idle | {"study_steps": 8})]
+    assert set(labels(records).values()) == {"lora"}
+    records = [made("icl", "lora", "nll", 2.0, unit="nats", own=own) for own in (studied, studied | {"study_steps": 8})]
+    assert set(labels(records).values()) == {"lora (study steps 4)", "lora (study steps 8)"}
+
+
 def test_what_absorbing_adds_is_drawn_beside_what_it_does_not():
     records = []
     for tokens in (1024, 2048):

@@ -79,8 +79,8 @@ _ROWS = ("checkpointing",)
 PARTING = ("dataset",)
 """Places that part measurements as settings do."""
 
-# What is in the settings of a method and follows from the seed.
-_OF_SEED = ("data",)
+# What is in the settings of a method and follows from the seed, or says how it was computed.
+_NO_DIFFERENCE = ("data", "cuda_graphs", "checkpointing")
 
 # Values that need no name beside them.
 _SPEAKING = ("model", "device", "dtype", "kind", "dataset")
@@ -103,19 +103,34 @@ def spell_value(value: Any) -> str:
 
 
 def labels(records: Iterable[Record]) -> dict[tuple[str, str], str]:
-    """Names of methods for people, by name and settings: with what differs where one name has several settings."""
+    """Names of methods for people, by name and settings: with what differs where one name has several settings.
+
+    What some do not know, as they are older, and is the same in all others, is no difference.
+    """
     known: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for record in records:
-        config = record.config.get("method")
-        known[record.method][_settings(record)] = config if isinstance(config, dict) else {}
+        known[record.method][_settings(record)] = _telling(record.config.get("method"))
     found = {}
     for method, configs in known.items():
-        names = sorted({name for config in configs.values() for name in config} - set(_OF_SEED))
-        differ = [name for name in names if len({repr(config.get(name)) for config in configs.values()}) > 1]
+        names = sorted({name for config in configs.values() for name in config})
+        differ = [
+            name for name in names if len({repr(config[name]) for config in configs.values() if name in config}) > 1
+        ]
         for settings, config in configs.items():
             extra = ", ".join(f"{plain(name)} {spell_value(config.get(name, 'unset'))}" for name in differ)
             found[method, settings] = f"{method} ({extra})" if extra else method
     return found
+
+
+def _telling(config: Any) -> dict[str, Any]:
+    """The settings of a method that may make a difference to what it finds."""
+    values: dict[str, Any] = config if isinstance(config, dict) else {}
+    without_study = values.get("study", "off") == "off"
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in _NO_DIFFERENCE and not (without_study and name.startswith("study_"))
+    }
 
 
 def label(record: Record, known: dict[tuple[str, str], str]) -> str:
