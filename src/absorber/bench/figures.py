@@ -79,6 +79,8 @@ def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books"
         if record.metric == "windowed_nll"
     }
     for method, own in lines.items():
+        if method == "truncation":  # is the line at 0
+            continue
         gaps: dict[int, list[Record]] = defaultdict(list)
         savings: dict[int, list[float]] = defaultdict(list)
         drifts: dict[int, list[float]] = defaultdict(list)
@@ -99,7 +101,7 @@ def draw_retention(records: Sequence[Record], path: Path, *, kind: str = "books"
     for panel in (saved, closed, drift):
         panel.axhline(0, color="#999999", linewidth=0.8)
     closed.axhline(100, color="#999999", linewidth=0.8, linestyle="--")
-    closed.legend(frameon=False, fontsize=8)
+    figure.legend(*closed.get_legend_handles_labels(), loc="outside right center", frameon=False)
     _title(figure, next(iter(lines.values()))[0], f"streams of {kind} a seed; bands are 95 % intervals")
     figure.savefig(path, dpi=130)
 
