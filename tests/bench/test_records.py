@@ -13,6 +13,7 @@ from absorber.bench.records import (
     environment,
     gap_interval,
     mean_interval,
+    model_name,
     read_records,
 )
 from absorber.errors import BenchmarkError
@@ -62,6 +63,14 @@ def test_what_makes_a_measurement_another():
     assert record().key == record(value=2.0, seconds=3.0, round=4).key
     for changes in ({"seed": 1}, {"config": {}}, {"method": "sink"}, {"device": "x"}):
         assert dataclasses.replace(record(), **changes).key != record().key
+
+
+def test_no_record_says_where_a_model_lies(tmp_path, model, monkeypatch):
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    for place, name in ((str(folder), "my-model"), ("somebody/model", "somebody/model")):
+        monkeypatch.setattr(model.config, "_name_or_path", place)
+        assert model_name(model) == name
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says():

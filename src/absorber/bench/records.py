@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from absorber.backbone import base_name
 from absorber.errors import BenchmarkError
 from absorber.models import DEFAULT_MODEL
 
@@ -142,6 +143,12 @@ def gap_interval(
 
 def _resamples(count: int) -> Any:
     return np.random.default_rng(0).integers(0, count, size=(_RESAMPLES, count))
+
+
+def model_name(model: Any) -> str:
+    """Name of a model for records; of one in a folder that of the folder, wherever it lies."""
+    name = base_name(model)
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def environment(device: torch.device) -> dict[str, Any]:
