@@ -1,8 +1,9 @@
 """Tasks that read a long context and ask about it once, after the last round.
 
-Each stream is a context of its own, made of whole pieces (examples, paragraphs, dialogues), with questions of its own.
-They are asked given the window and the memory (windowed) and the memory alone (contextless); the yardstick is the same
-model with everything in view, as far as its positions reach (full).
+Each stream is a context of its own, made of whole pieces (examples, paragraphs, dialogues), with questions of its own
+as far as there are so many; then some are asked after several streams. They are asked given the window and the memory
+(windowed) and the memory alone (contextless); the yardstick is the same model with everything in view, as far as its
+positions reach (full).
 
 Shapes: B streams, T tokens.
 """
@@ -125,6 +126,16 @@ class AskingTask(Task):
         Returns:
             By metric one number per question, those of stream 0 first.
         """
+
+    def remark(self, texts: Any) -> str:
+        """Say how many questions differ, if not all do."""
+        asked = [(*query.prompt, query.references) for own in texts.queries for query in own]
+        if (differ := len(set(asked))) == len(asked):
+            return ""
+        return (
+            f"only {differ} of the {len(asked)} questions differ; some are asked after several streams, which the "
+            "intervals take for independent, so that they are too narrow"
+        )
 
     def examine(self, setting: Setting, reader: Reader, texts: Any, number: int) -> Figures:
         """Ask in every view; the figures are named metric/view."""

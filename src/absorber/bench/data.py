@@ -4,10 +4,12 @@ Options are chosen on one half of the documents and reported on the other; which
 here, by its place in the sorted list, and by nothing else.
 """
 
+import contextlib
+import csv
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,8 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from absorber.errors import BenchmarkError
-from absorber.text import cut
+from absorber.errors import BenchmarkError, ContextError
+from absorber.text import cut, decode
 
 Kind = Literal["books", "dialogues", "encyclopedia", "code"]
 Split = Literal["choose", "report"]
@@ -27,7 +29,7 @@ _SKIPPED_SHARE = 0.05
 
 
 def documents(kind: Kind, data_dir: Path, split: Split) -> list[tuple[str, str]]:
-    """Read the (name, text) pairs of one half.
+    """Read the (name, text) pairs of one half; no text comes twice.
 
     Args:
         kind: Books are `novels/*.txt`, or the `*.txt` of the folder itself; dialogues `samsum/*.json`; encyclopedia
@@ -37,38 +39,88 @@ def documents(kind: Kind, data_dir: Path, split: Split) -> list[tuple[str, str]]
         split: "choose" for searching options, "report" for the numbers.
 
     Raises:
-        BenchmarkError: If there are none.
+        BenchmarkError: If there are too few, or a file cannot be read.
     """
-    return half(_READERS[kind](data_dir), split, what=kind, data_dir=data_dir)
+    found = once(_READERS[kind](data_dir), lambda pair: pair[1])
+    return half(found, split, what=kind, data_dir=data_dir)
+
+
+def once(found: Iterable[Item], content: Callable[[Item], str]) -> list[Item]:
+    """Drop what has come before but for blanks and capitals, so that halves do not share it."""
+    kept: dict[str, Item] = {}
+    for item in found:
+        kept.setdefault(" ".join(content(item).lower().split()), item)
+    return list(kept.values())
 
 
 def half(found: Sequence[Item], split: Split, *, what: str, data_dir: Path) -> list[Item]:
     """Return one half of what was found: of the sorted list those at even places for "choose", the others for "report".
 
     Args:
-        found: In any order.
+        found: In any order; see `once`.
         split: Which half.
         what: What an error calls them.
         data_dir: Where they were looked for.
 
     Raises:
-        BenchmarkError: If there are none.
+        BenchmarkError: If there are too few.
     """
     own = [item for index, item in enumerate(sorted(found)) if index % 2 == (split == "report")]
-    if not own:
-        raise BenchmarkError(f"{data_dir} has no {what}; give the folder that holds them with --data-dir")
-    return own
+    if own:
+        return own
+    if found:
+        raise BenchmarkError(
+            f"of {what} there is 1 in {data_dir}, and the {split} half needs 2, where repeats count once; add another"
+        )
+    there_is = f"{data_dir} has no {what}" if data_dir.is_dir() else f"there is no folder {data_dir}"
+    raise BenchmarkError(f"{there_is}; give the folder that holds them with --data-dir")
+
+
+def read_text(path: Path) -> str:
+    """Read a file of UTF-8, with or without a byte order mark; every end of line becomes \\n.
+
+    Raises:
+        BenchmarkError: If it cannot be read, or a byte is not UTF-8.
+    """
+    try:
+        return "".join(decode([path.read_bytes()], str(path)))
+    except (OSError, ContextError) as error:
+        raise BenchmarkError(f"cannot read {path}: {error}" if isinstance(error, OSError) else str(error)) from error
+
+
+@contextlib.contextmanager
+def form(folder: Path) -> Iterator[None]:
+    """Say of whatever goes wrong inside that a file of this folder is not of the form that is read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise BenchmarkError(
+            f"a file of {folder} is not of the form that its authors publish: {error!r}. Fetch it anew, or mend it"
+        ) from error
+
+
+def string(entry: Any, key: str) -> str:
+    """The text of an entry.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value := entry[key], str):
+        raise TypeError(f"{key} is {str(value)[:40]}, which is no text")
+    return value
 
 
 def _books(data_dir: Path) -> list[tuple[str, str]]:
     folder = data_dir / "novels" if (data_dir / "novels").is_dir() else data_dir
-    return [(path.stem, _read(path)) for path in folder.glob("*.txt") if path.stem != "SOURCE"]
+    return [(path.stem, read_text(path)) for path in sorted(folder.glob("*.txt")) if path.stem != "SOURCE"]
 
 
 def _dialogues(data_dir: Path) -> list[tuple[str, str]]:
     found = []
-    for path in sorted((data_dir / "samsum").glob("*.json")):
-        found += [(str(entry["id"]), entry["dialogue"].replace("\r", "")) for entry in json.loads(_read(path))]
+    with form(data_dir / "samsum"):
+        for path in sorted((data_dir / "samsum").glob("*.json")):
+            entries = json.loads(read_text(path))
+            found += [(str(entry["id"]), string(entry, "dialogue").replace("\r", "")) for entry in entries]
     return found
 
 
@@ -78,7 +130,7 @@ def _encyclopedia(data_dir: Path) -> list[tuple[str, str]]:
         if path.stem == "SOURCE":
             continue
         articles: list[list[str]] = []
-        for line in _read(path).splitlines():
+        for line in read_text(path).splitlines():
             if line.startswith(" = ") and not line.startswith(" = = "):
                 articles.append([])
             if articles:
@@ -89,11 +141,7 @@ def _encyclopedia(data_dir: Path) -> list[tuple[str, str]]:
 
 def _code(data_dir: Path) -> list[tuple[str, str]]:
     folder = data_dir / "code" if (data_dir / "code").is_dir() else Path(sysconfig.get_paths()["stdlib"])
-    return [(path.stem, _read(path)) for path in folder.glob("*.py") if path.stat().st_size > 4096]
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="replace")
+    return [(path.stem, read_text(path)) for path in sorted(folder.glob("*.py")) if path.stat().st_size > 4096]
 
 
 _READERS: dict[str, Callable[[Path], list[tuple[str, str]]]] = {
@@ -169,10 +217,16 @@ def _spread(tokenizer: Any, text: str, count: int, num_tokens: int) -> list[list
     rows = []
     ends = [int(len(text) * (_SKIPPED_SHARE + (1 - _SKIPPED_SHARE) * part / count)) for part in range(count + 1)]
     for begin, end in pairwise(ends):
-        token_ids = _tokens(tokenizer, text[text.find("\n", begin) + 1 : end], num_tokens)
+        token_ids = _tokens(tokenizer, text[_beginning(text, begin, end) : end], num_tokens)
         if len(token_ids) == num_tokens:
             rows.append(token_ids)
     return rows
+
+
+def _beginning(text: str, begin: int, end: int) -> int:
+    """Where a line begins; of a text without lines a word, and without those the place itself."""
+    places = (text.find(sign, begin, end) + 1 for sign in ("\n", " "))
+    return next((place for place in places if place), begin)
 
 
 def _joined(tokenizer: Any, pairs: Sequence[tuple[str, str]], num_tokens: int, dice: random.Random) -> list[int]:

@@ -4,9 +4,9 @@ They are read from a folder, in the form in which their authors publish them; `h
 those of `data.half`: options are chosen on one and reported on the other.
 """
 
-import contextlib
 import csv
 import html
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from absorber.bench.data import Split, half
+from absorber.bench.data import Split, form, half, once, read_text, string
 from absorber.errors import BenchmarkError
 
 LabelledSet = Literal["ag_news", "trec", "banking77"]
@@ -95,22 +95,25 @@ def examples(kind: LabelledSet, data_dir: Path, split: Split) -> list[Example]:
     Raises:
         BenchmarkError: If a file is missing or of another form.
     """
-    found: dict[str, Example] = {}
-    with _form(kind, data_dir):
-        for example in _EXAMPLES[kind](data_dir):
-            found.setdefault(example.text.lower(), example)
-    return half(list(found.values()), split, what=f"examples of {kind}", data_dir=data_dir)
+    with form(data_dir / kind):
+        found = once(_EXAMPLES[kind](data_dir), lambda example: example.text)
+    return half(found, split, what=f"examples of {kind}", data_dir=data_dir)
 
 
 def questions(data_dir: Path, split: Split) -> list[Question]:
-    """Read one half of the questions of `musique/*.jsonl`; arguments and errors as for `examples`."""
-    with _form("musique", data_dir):
-        found = [_question(entry) for entry in _json_lines(data_dir, "musique", "*.jsonl")]
+    """Read one half of the questions of `musique/*.jsonl`; arguments and errors as for `examples`.
+
+    No question comes twice, but halves share paragraphs, which MuSiQue's questions do: of its first 110 questions 181
+    paragraphs are in both, of about 1,030 in each.
+    """
+    with form(data_dir / "musique"):
+        entries = map(_question, _json_lines(data_dir, "musique", "*.jsonl"))
+        found = once(entries, lambda question: question.question)
     return half(found, split, what="questions of musique", data_dir=data_dir)
 
 
 def summarized(kind: SummarySet, data_dir: Path, split: Split) -> list[Document]:
-    """Read one half of a set of documents with summaries.
+    """Read one half of a set of documents with summaries; no text comes twice.
 
     Args:
         kind: `samsum/*.json` or `squality/dev.jsonl`.
@@ -120,16 +123,21 @@ def summarized(kind: SummarySet, data_dir: Path, split: Split) -> list[Document]
     Raises:
         BenchmarkError: If a file is missing or of another form.
     """
-    with _form(kind, data_dir):
-        found = list(_SUMMARIZED[kind](data_dir))
+    with form(data_dir / kind):
+        found = once(_SUMMARIZED[kind](data_dir), lambda document: document.text)
     return half(found, split, what=f"documents of {kind}", data_dir=data_dir)
 
 
 def _question(entry: Any) -> Question:
+    name, aliases = str(entry["id"]), entry["answer_aliases"]
+    answers = (string(entry, "answer"), *([aliases] if isinstance(aliases, str) else aliases))
     parts = [(f"{part['title']}\n{part['paragraph_text']}", part["is_supporting"]) for part in entry["paragraphs"]]
     supporting = tuple(dict.fromkeys(text for text, supports in parts if supports))
     others = tuple(dict.fromkeys(text for text, supports in parts if not supports))
-    return Question(entry["id"], entry["question"], (entry["answer"], *entry["answer_aliases"]), supporting, others)
+    if not answers[0].strip() or not supporting:
+        lacks = "supporting paragraph" if answers[0].strip() else "answer"
+        raise BenchmarkError(f"the question {name} of musique has no {lacks}; give it one, or take the question out")
+    return Question(name, string(entry, "question"), answers, supporting, others)
 
 
 def _ag_news(data_dir: Path) -> Iterator[Example]:
@@ -142,24 +150,25 @@ def _ag_news(data_dir: Path) -> Iterator[Example]:
 
 def _trec(data_dir: Path) -> Iterator[Example]:
     for part in ("train.txt", "test.txt"):
-        for line in _read(data_dir, "trec", part).splitlines():
+        for line in _read(data_dir, "trec", part).split("\n"):
             label, _, text = line.partition(" ")
-            yield Example(_one_line(text), _known(label.split(":")[0], _TREC, "trec"))
+            if line.strip():
+                yield Example(_one_line(text), _known(label.split(":")[0], _TREC, "trec"))
 
 
 def _banking77(data_dir: Path) -> Iterator[Example]:
     for part in ("train.csv", "test.csv"):
         for text, label in _csv_rows(data_dir, "banking77", part):
-            if (text, label) != ("text", "category"):
+            if (text.strip().lower(), label.strip().lower()) != ("text", "category"):
                 yield Example(_one_line(text), label.replace("_", " ").strip("? ").lower())
 
 
 def _samsum(data_dir: Path) -> Iterator[Document]:
     for path in _paths(data_dir, "samsum", "*.json"):
-        for entry in json.loads(path.read_text(encoding="utf-8")):
-            text = entry["dialogue"].replace("\r", "").strip()
+        for entry in json.loads(read_text(path)):
+            text = string(entry, "dialogue").replace("\r", "").strip()
             speakers = dict.fromkeys(line.split(":")[0].strip() for line in text.splitlines() if ":" in line)
-            if text and entry["summary"]:
+            if text and entry["summary"] and string(entry, "summary"):
                 names = " and ".join(speakers)
                 request = Request(
                     f"Question: What is the dialogue between {names} about?\nAnswer:", (entry["summary"],)
@@ -177,7 +186,10 @@ def _squality(data_dir: Path) -> Iterator[Document]:
             )
             for asked in entry["questions"]
         )
-        yield Document(entry["metadata"]["passage_id"], f"Story {number}:", text, requests)
+        name = str(entry["metadata"]["passage_id"])
+        if not all(request.references for request in requests):
+            raise BenchmarkError(f"a question about the story {name} of squality has no responses; take it out")
+        yield Document(name, f"Story {number}:", text, requests)
 
 
 _EXAMPLES = {"ag_news": _ag_news, "trec": _trec, "banking77": _banking77}
@@ -190,7 +202,7 @@ def _one_line(text: str) -> str:
 
 def _known(label: str, names: dict[str, str], kind: str) -> str:
     if label not in names:
-        raise BenchmarkError(f"{label!r} is no class of {kind}; they are {', '.join(names)}. Fetch the files anew")
+        raise BenchmarkError(f"{label[:40]!r} is no class of {kind}; they are {', '.join(names)}. Fetch the files anew")
     return names[label]
 
 
@@ -206,29 +218,18 @@ def _paths(data_dir: Path, kind: str, pattern: str) -> list[Path]:
 
 def _read(data_dir: Path, kind: str, name: str) -> str:
     (path,) = _paths(data_dir, kind, name)
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-@contextlib.contextmanager
-def _form(kind: str, data_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(
-            f"a file of {data_dir / kind} is not of the form that its authors publish: {error!r}. Fetch it anew"
-        ) from error
+    return read_text(path)
 
 
 def _csv_rows(data_dir: Path, kind: str, name: str) -> list[list[str]]:
-    (path,) = _paths(data_dir, kind, name)
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return list(csv.reader(file))
+    rows = csv.reader(io.StringIO(_read(data_dir, kind, name)), strict=True)  # else an open quote takes what follows
+    return [row for row in rows if any(map(str.strip, row))]
 
 
 def _json_lines(data_dir: Path, kind: str, pattern: str) -> list[Any]:
     return [
         json.loads(line)
         for path in _paths(data_dir, kind, pattern)
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in read_text(path).split("\n")
         if line.strip()
     ]

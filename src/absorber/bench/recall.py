@@ -24,7 +24,7 @@ from absorber.bench.methods import Questions, Reader, Setting
 from absorber.bench.reading import Reading, predictions
 from absorber.bench.records import Record
 from absorber.bench.task import Checkpoint, Task, as_gap
-from absorber.errors import BenchmarkError
+from absorber.errors import BenchmarkError, ConfigError
 from absorber.notes import Guide, make_guide
 
 
@@ -48,7 +48,11 @@ class Planted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall(Task):
-    """The protocol's settings."""
+    """The protocol's settings.
+
+    Raises:
+        ConfigError: If no fact grows as old as one is asked for.
+    """
 
     name: ClassVar[str] = "recall"
     kind: Kind = "books"
@@ -57,6 +61,13 @@ class Recall(Task):
     """Facts planted in each round's context."""
     ages: tuple[int, ...] = (1, 3, 10, 30)
     """Rounds since a fact was absorbed, the round that absorbed it included."""
+
+    def __post_init__(self) -> None:
+        if not self.ages or min(self.ages) > self.num_rounds:
+            raise ConfigError(
+                f"after {self.num_rounds} rounds no fact is of an age among ages = {list(self.ages)}; use smaller ages "
+                "or more rounds"
+            )
 
     @property
     def checkpoints(self) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from absorber.backbone import base_name
+from absorber.bench.data import read_text
 from absorber.errors import BenchmarkError
 from absorber.models import DEFAULT_MODEL
 
@@ -96,7 +97,10 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # A line may hold what splitlines takes for the end of one.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
             if values.get("value") is None:

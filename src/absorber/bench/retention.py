@@ -23,6 +23,7 @@ from absorber.bench.methods.full import Full
 from absorber.bench.records import Record
 from absorber.bench.scoring import passage_kl, passage_nll, predict_passage
 from absorber.bench.task import Checkpoint, Task, as_gap
+from absorber.errors import BenchmarkError
 from absorber.gate import Rule, Signals, opens, signals
 from absorber.notes import Guide, make_guide
 
@@ -77,19 +78,34 @@ class Retention(Task):
             BenchmarkError: If there is too little text.
         """
 
-        def cut(kind: Kind, split: Split, num_tokens: int) -> Tensor:
-            pairs = documents(kind, data_dir, split)
+        def cut(kind: Kind, pairs: Sequence[tuple[str, str]], num_tokens: int) -> Tensor:
             return streams(
                 tokenizer, pairs, kind=kind, num_streams=self.num_streams, num_tokens=num_tokens, seed=self.seed
             )
 
         length = self.sync_tokens + self.context_tokens * self.num_rounds + self.passage_tokens
-        other: Split = "choose" if self.split == "report" else "report"
         return Streams(
-            token_ids_BT=cut(self.kind, self.split, length),
+            token_ids_BT=cut(self.kind, documents(self.kind, data_dir, self.split), length),
             guide=make_guide(tokenizer, model),
-            drift={kind: cut(kind, other, self.passage_tokens) for kind in drift_kinds},
+            drift={kind: cut(kind, self._unrelated(kind, data_dir), self.passage_tokens) for kind in drift_kinds},
         )
+
+    def check(self, data_dir: Path) -> None:
+        """See that there is text of every kind."""
+        documents(self.kind, data_dir, self.split)
+        for kind in DRIFT_KINDS:
+            self._unrelated(kind, data_dir)
+
+    def _unrelated(self, kind: Kind, data_dir: Path) -> list[tuple[str, str]]:
+        """The other half of the documents of a kind."""
+        other: Split = "choose" if self.split == "report" else "report"
+        try:
+            return documents(kind, data_dir, other)
+        except BenchmarkError as error:
+            raise BenchmarkError(
+                f"{error}. Whatever is streamed, drift is measured on {', '.join(DRIFT_KINDS)}, so that the folder "
+                "needs novels/*.txt (or *.txt), samsum/*.json and wikitext2/*.txt"
+            ) from error
 
     def examine(self, setting: Setting, reader: Reader, texts: Streams, number: int) -> dict[str, list[float]]:
         """Score the passage that follows, and unrelated text."""

@@ -73,6 +73,9 @@ def run_task(
     for record in read_records(output):
         known[_identity(record)].append(record)
     listener.say("reading the texts")
+    texts = task.prepare(model, tokenizer, data_dir)
+    if remark := task.remark(texts):
+        listener.say(f"note: {remark}")
     run = _Run(
         task=task,
         methods=methods,
@@ -80,7 +83,7 @@ def run_task(
         backbone=backbone,
         sink_id=sink_token(model, tokenizer),
         facts=facts,
-        texts=task.prepare(model, tokenizer, data_dir),
+        texts=texts,
         batch=batch or task.num_streams,
         output=output,
         known=known,

@@ -31,7 +31,10 @@ def usual_embedder() -> str:
 
 def why_none() -> str:
     """What to say where the figure is left out."""
-    return f"similarity is left out, for there are no weights of an embedder: {_INSTALL}, or name one with --embedder"
+    return (
+        f"similarity is left out, for there are no weights of an embedder: {_INSTALL}, or name one by embedder in "
+        f"[summary] of a settings file, or by ${ENVIRONMENT}"
+    )
 
 
 @cache

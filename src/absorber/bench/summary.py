@@ -51,17 +51,17 @@ class Summary(WritingTask):
         language = Language.of(model, tokenizer)
         found = summarized(self.kind, data_dir, self.split)
         random.Random(f"documents/{self.seed}").shuffle(found)
-        pieces = {one.name: language.tokens(f"{one.heading}\n{one.text}\n\n") for one in found}
+        pieces = {one: language.tokens(f"{one.heading}\n{one.text}\n\n") for one in found}
         wanted = self._choose(found, pieces)
         rows, queries = [], []
         for stream, own in enumerate(wanted):
             dice = random.Random(f"order/{self.seed}/{stream}")
             fillers = _under_other_headings([one for one, _ in own], dice.sample(found, len(found)))
-            needed = dict.fromkeys(one.name for one, _ in own)
+            needed = dict.fromkeys(one for one, _ in own)
             rows.append(
                 fill(
-                    [pieces[name] for name in needed],
-                    (pieces[one.name] for one in fillers),
+                    [pieces[one] for one in needed],
+                    (pieces[one] for one in fillers),
                     self.num_tokens,
                     dice,
                     what=f"documents of {self.kind}",
@@ -75,10 +75,10 @@ class Summary(WritingTask):
         return Asked(torch.tensor(rows), make_guide(tokenizer, model), queries, language)
 
     def _choose(
-        self, found: Sequence[Document], pieces: Mapping[str, list[int]]
+        self, found: Sequence[Document], pieces: Mapping[Document, list[int]]
     ) -> list[list[tuple[Document, Request]]]:
         """Choose what each stream is asked: about one document after another, and about as few at once as can be."""
-        fitting = [one for one in found if len(pieces[one.name]) <= self.num_tokens]
+        fitting = [one for one in found if len(pieces[one]) <= self.num_tokens]
         times_asked = dict.fromkeys(pieces, 0)
         chosen: list[list[tuple[Document, Request]]] = []
         place = 0
@@ -93,8 +93,8 @@ class Summary(WritingTask):
                     continue
                 headings.add(one.heading)
                 for _ in one.requests[: self.num_queries - len(own)]:
-                    own.append((one, one.requests[times_asked[one.name] % len(one.requests)]))
-                    times_asked[one.name] += 1
+                    own.append((one, one.requests[times_asked[one] % len(one.requests)]))
+                    times_asked[one] += 1
             if len(own) < self.num_queries:
                 raise BenchmarkError(
                     f"{self.kind} has {len(fitting)} documents that {self.num_tokens} tokens hold, too few for "

@@ -20,6 +20,7 @@ from absorber.bench.data import Kind, Split
 from absorber.bench.methods import Method, Reader, Setting
 from absorber.bench.records import Record, gap_interval, mean_interval
 from absorber.config import StreamConfig
+from absorber.errors import BenchmarkError
 from absorber.notes import Guide
 
 
@@ -89,6 +90,19 @@ class Task(abc.ABC):
         values = dataclasses.asdict(self)
         del values["seed"]
         return values
+
+    def check(self, data_dir: Path) -> None:
+        """See what can be seen of the data without a model, which takes its time to load.
+
+        Raises:
+            BenchmarkError: If there is nothing to read.
+        """
+        if not data_dir.is_dir():
+            raise BenchmarkError(f"there is no folder {data_dir}; give the one that holds the data with --data-dir")
+
+    def remark(self, texts: Any) -> str:
+        """Say what a user has to know of what was prepared; mostly nothing."""
+        return ""
 
     @abc.abstractmethod
     def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> Texts:

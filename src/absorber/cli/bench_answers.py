@@ -39,7 +39,7 @@ def icl(
         dataset: ag_news, trec, banking77.
         split: report, or choose for searching options; each half of the texts serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: How many are read, each of other examples.
+        streams: How many are read, each with a draw of its own of examples and queries.
         batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of examples, queries and methods.
         config: TOML file with a table [icl] (context_tokens, sync_tokens, num_queries, num_classes) and one [absorb],
@@ -78,7 +78,7 @@ def reasoning(
         data_dir: Folder with musique/*.jsonl; the Hugging Face hub if left out.
         split: report, or choose for searching options; each half of the questions serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: How many are read, each with its own questions.
+        streams: How many are read, each with its own questions as far as there are so many.
         batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of questions, paragraphs and methods.
         config: TOML file with a table [reasoning] (context_tokens, sync_tokens, num_queries, max_new_tokens) and one
@@ -119,7 +119,7 @@ def summary(
         dataset: samsum, or squality, whose stories need 14 rounds or more.
         split: report, or choose for searching options; each half of the documents serves one.
         rounds: Contexts absorbed; a stream has context_tokens * rounds + sync_tokens tokens.
-        streams: How many are read, each asked about other documents.
+        streams: How many are read, each asked about other documents as far as there are so many.
         batch: How many streams are read at once, where a device has no room for all; the figures stay the same.
         seed: Of documents and methods.
         config: TOML file with a table [summary] (context_tokens, sync_tokens, num_queries, max_new_tokens, embedder)

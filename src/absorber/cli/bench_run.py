@@ -1,6 +1,7 @@
 """What the commands of `absorber bench` that run methods on a task have in common."""
 
 import dataclasses
+import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,26 @@ def read_tables(config: Path | None) -> dict[str, Any]:
     """Read a TOML file of settings; none without a file.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it cannot be read, or a table belongs to no task and no method.
     """
     if config is None:
         return {}
+    from absorber.bench.everything import TASKS
+    from absorber.bench.methods import METHODS, OUTSIDE, others
+
     try:
-        return tomllib.loads(config.read_text(encoding="utf-8"))
+        tables = tomllib.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the settings file {config}: {error}") from error
+    known = ["absorb", *TASKS, "families", *METHODS, *OUTSIDE, *others()]
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{config} has {name} outside of any table; put it into that of a task, such as [icl]")
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"do you mean [{near[0]}]?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{config} has a table [{name}], which belongs to no task and no method; {hint}")
+    return tables
 
 
 def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
@@ -66,6 +79,7 @@ def run_methods(
     from absorber.bench.runner import run_task
 
     chosen = choose_methods(names, tables)
+    task.check(data_dir)
     loaded = open_model(model, report, device=device)
     heard = listener(report, "method")
     return run_task(task, chosen, *loaded, data_dir=data_dir, output=output, batch=batch, listener=heard)

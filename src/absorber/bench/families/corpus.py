@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from absorber.bench.data import Split, documents
+from absorber.bench.data import Split, documents, read_text
 from absorber.errors import BenchmarkError
 from absorber.store import read_json, whole_folder, write_json
 from absorber.text import cut
@@ -114,7 +114,7 @@ def read_corpus(
         BenchmarkError: If there is no training text, or scored text is among it.
     """
     texts = {
-        path.stem: path.read_text(encoding="utf-8-sig", errors="replace")
+        path.stem: read_text(path)
         for path in sorted((data_dir / TRAINING_FOLDER).glob("*.txt"))
         if path.stem != "SOURCE"
     }

@@ -7,6 +7,7 @@ Shapes: B streams, T tokens.
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,4 +123,5 @@ def _index() -> Any:
     finally:
         if hidden:
             del sys.modules["jax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own to DEBUG, and others' handlers print that
     return Index()
