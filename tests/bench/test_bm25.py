@@ -54,6 +54,13 @@ def test_the_passage_asked_for_stands_before_a_shorter_window(read, place):
     assert all(holds(row, wanted) for row, wanted in zip(alone_BT, wanted_BT, strict=True))
 
 
+def test_it_logs_nothing(read, caplog):
+    """The package has its own logger at DEBUG, which any handler of the root shows."""
+    reader, text_BT = read
+    reader.windowed(text_BT[:, :4].tolist())
+    assert not caplog.records
+
+
 def test_what_is_found_is_older_text_of_the_own_stream_in_its_order(read):
     reader, text_BT = read
     query_BT = text_BT[:, [200, 90, 10, 150, 10 * N - 1, 10 * N + 5]]

@@ -52,6 +52,12 @@ def test_a_folder_is_recorded_by_its_name(tmp_path):
     assert dataclasses.replace(TASK, embedder=str(tmp_path / "mine")).config()["embedder"] == "mine"
 
 
+def test_where_there_is_none_is_said_how_to_name_one():
+    assert "embedder in [summary]" in similarity.why_none()
+    assert f"${similarity.ENVIRONMENT}" in similarity.why_none()
+    assert "--embedder" not in similarity.why_none()
+
+
 def test_nothing_is_read_before_the_embedder_is_known_to_work(model, tokenizer, tmp_path):
     pytest.importorskip("sentence_transformers")
     folder = made_up.write(tmp_path / "data")

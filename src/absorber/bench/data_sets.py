@@ -129,14 +129,14 @@ def summarized(kind: SummarySet, data_dir: Path, split: Split) -> list[Document]
 
 
 def _question(entry: Any) -> Question:
-    name, aliases = str(entry["id"]), entry["answer_aliases"]
-    answers = (string(entry, "answer"), *([aliases] if isinstance(aliases, str) else aliases))
+    name, answer, aliases = str(entry["id"]), entry["answer"], entry["answer_aliases"]
     parts = [(f"{part['title']}\n{part['paragraph_text']}", part["is_supporting"]) for part in entry["paragraphs"]]
     supporting = tuple(dict.fromkeys(text for text, supports in parts if supports))
     others = tuple(dict.fromkeys(text for text, supports in parts if not supports))
-    if not answers[0].strip() or not supporting:
-        lacks = "supporting paragraph" if answers[0].strip() else "answer"
+    if not supporting or not isinstance(answer, str) or not answer.strip():
+        lacks = "answer" if supporting else "supporting paragraph"
         raise BenchmarkError(f"the question {name} of musique has no {lacks}; give it one, or take the question out")
+    answers = (answer, *([aliases] if isinstance(aliases, str) else aliases))
     return Question(name, string(entry, "question"), answers, supporting, others)
 
 
