@@ -100,6 +100,7 @@ def test_the_command_line_runs_one(install, tmp_path, monkeypatch, capsys):
     from absorber.bench import retention
     from absorber.cli import run
 
+    monkeypatch.setattr(retention, "DRIFT_KINDS", ("books",))
     monkeypatch.setattr(retention.Retention.prepare, "__kwdefaults__", {"drift_kinds": ("books",)})
     install("stranger", mine="Mine")
     folder, output, settings = tmp_path / "books", tmp_path / "records.jsonl", tmp_path / "settings.toml"

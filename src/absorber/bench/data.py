@@ -83,9 +83,9 @@ def read_text(path: Path) -> str:
         BenchmarkError: If it cannot be read, or a byte is not UTF-8.
     """
     try:
-        return "".join(decode([path.read_bytes()], str(path)))
+        return "".join(decode([path.read_bytes()], "it"))
     except (OSError, ContextError) as error:
-        raise BenchmarkError(f"cannot read {path}: {error}" if isinstance(error, OSError) else str(error)) from error
+        raise BenchmarkError(f"cannot read {path}: {error}") from error
 
 
 @contextlib.contextmanager

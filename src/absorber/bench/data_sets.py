@@ -103,8 +103,7 @@ def examples(kind: LabelledSet, data_dir: Path, split: Split) -> list[Example]:
 def questions(data_dir: Path, split: Split) -> list[Question]:
     """Read one half of the questions of `musique/*.jsonl`; arguments and errors as for `examples`.
 
-    No question comes twice, but halves share paragraphs, which MuSiQue's questions do: of its first 110 questions 181
-    paragraphs are in both, of about 1,030 in each.
+    No question is in both halves, but paragraphs are, for MuSiQue's questions share them: docs/methods.md.
     """
     with form(data_dir / "musique"):
         entries = map(_question, _json_lines(data_dir, "musique", "*.jsonl"))

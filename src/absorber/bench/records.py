@@ -92,7 +92,7 @@ def read_records(path: Path) -> list[Record]:
     """Read a file of records; a missing file has none.
 
     Raises:
-        BenchmarkError: If a line is not a record.
+        BenchmarkError: If a line is not a record, or the file is not UTF-8.
     """
     if not path.exists():
         return []

@@ -39,10 +39,7 @@ def read_all(files: Sequence[Path]) -> list[Record]:
     for path in files:
         if not path.is_file():
             raise BenchmarkError(f"there is no file {path}; give files of records")
-        try:
-            own = read_records(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BenchmarkError(f"cannot read {path}: {error}; give files of records") from error
+        own = read_records(path)
         if not own:
             raise BenchmarkError(f"{path} has no records; run absorber bench, or leave the file out")
         for record in own:

@@ -54,7 +54,7 @@ def retention(
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
             absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
-        data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt.
+        data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt; drift needs all of them.
         output: File of records, one JSON object a line.
         kind: What is streamed: books, dialogues, encyclopedia, code.
         split: report, or choose for searching options; each half of the documents serves one.

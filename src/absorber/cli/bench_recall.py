@@ -34,7 +34,7 @@ def recall(
     Args:
         methods: full, truncation, sink, bm25, ttt, temp-lora, temp-lora-16, dcd, absorber-paper, absorber,
             absorber-light, absorber-full; these if left out. Others by the entry points absorber.methods.
-        data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt.
+        data_dir: Folder with novels/*.txt (or *.txt), samsum/*.json, wikitext2/*.txt; it needs what --kind says.
         output: File of records, one JSON object a line.
         kind: What is streamed: books, dialogues, encyclopedia, code.
         split: report, or choose for searching options; each half of the documents serves one.
