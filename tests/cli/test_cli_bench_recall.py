@@ -52,7 +52,13 @@ def test_from_flags_to_records(cli, novels, tmp_path):
 
 @pytest.mark.parametrize(
     ("table", "word"),
-    [("num_facts = 0", "1 or more"), ("ages = [0]", "1 or more"), ("age = 3", "unknown setting age in")],
+    [
+        ("num_facts = 0", "1 or more"),
+        ("ages = [0]", "1 or more"),
+        ("ages = 5", "ages in [recall] is a list"),
+        ("num_facts = [1]", "num_facts in [recall] is no list"),
+        ("age = 3", "unknown setting age in"),
+    ],
 )
 def test_bad_settings(cli, novels, tmp_path, table, word):
     config = settings(tmp_path, f"[recall]\n{table}\n")

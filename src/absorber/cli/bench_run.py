@@ -51,9 +51,13 @@ def make_task(kind_of_task: Any, values: dict[str, Any]) -> Any:
     Raises:
         ConfigError: If a setting is unknown or out of range.
     """
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind_of_task)})
-    if unknown:
+    usual = {field.name: field.default for field in dataclasses.fields(kind_of_task)}
+    if unknown := sorted(set(values) - set(usual)):
         raise ConfigError(f"unknown setting {', '.join(unknown)} in [{kind_of_task.name}]")
+    for name, value in values.items():
+        if isinstance(value, list) != isinstance(usual[name], tuple):
+            kind = "a list" if isinstance(usual[name], tuple) else "no list"
+            raise ConfigError(f"{name} in [{kind_of_task.name}] is {kind}; got {value}")
     if values["kind"] not in kind_of_task.kinds or values["split"] not in ("report", "choose"):
         raise ConfigError(f"kind is one of {', '.join(kind_of_task.kinds)} and split report or choose; got {values}")
     counts = {name: value for name, value in values.items() if name not in ("kind", "split", "seed", "embedder")}
