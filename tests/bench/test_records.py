@@ -7,16 +7,21 @@ import random
 import pytest
 import torch
 
+from absorber.bench import made_up
+from absorber.bench.methods import METHODS
+from absorber.bench.reasoning import Reasoning
 from absorber.bench.records import (
     Record,
     append_records,
     environment,
     gap_interval,
     mean_interval,
-    model_name,
     read_records,
 )
+from absorber.bench.runner import run_task
 from absorber.errors import BenchmarkError
+
+TASK = Reasoning(num_rounds=1, num_streams=1, context_tokens=120, sync_tokens=140, num_queries=1, max_new_tokens=2)
 
 
 def record(**changes):
@@ -65,12 +70,16 @@ def test_what_makes_a_measurement_another():
         assert dataclasses.replace(record(), **changes).key != record().key
 
 
-def test_no_record_says_where_a_model_lies(tmp_path, model, monkeypatch):
+def test_no_record_says_where_a_model_lies(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my-model"
     folder.mkdir()
+    data_dir = made_up.write(tmp_path / "data")
     for place, name in ((str(folder), "my-model"), ("somebody/model", "somebody/model")):
         monkeypatch.setattr(model.config, "_name_or_path", place)
-        assert model_name(model) == name
+        where = {"data_dir": data_dir, "output": tmp_path / f"{folder.name}.jsonl"}
+        run_task(TASK, {"truncation": METHODS["truncation"]}, model, tokenizer, **where)
+        assert read_records(where["output"])[-1].model == name
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says():

@@ -23,9 +23,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
+from absorber.backbone import base_name
 from absorber.bench.eval_tasks import FOLDER
 from absorber.bench.harness import AbsorberLM
-from absorber.bench.records import Record, append_records, environment, model_name, read_records
+from absorber.bench.records import Record, append_records, environment, read_records, without_place
 
 Say = Callable[[str], None]
 
@@ -155,7 +156,7 @@ class _Run:
         self._facts = environment(device) | {
             "task": "eval",
             "method": method,
-            "model": str(wishes["model_args"].get("model", method)) if base is None else model_name(base),
+            "model": str(wishes["model_args"].get("model", method)) if base is None else without_place(base_name(base)),
             "dtype": str(getattr(base, "dtype", "unknown")).removeprefix("torch."),
             "seed": wishes["random_seed"] or 0,
         }

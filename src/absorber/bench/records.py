@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from absorber.backbone import base_name
 from absorber.bench.data import read_text
 from absorber.errors import BenchmarkError
 from absorber.models import DEFAULT_MODEL
@@ -149,9 +148,8 @@ def _resamples(count: int) -> Any:
     return np.random.default_rng(0).integers(0, count, size=(_RESAMPLES, count))
 
 
-def model_name(model: Any) -> str:
-    """Name of a model for records; of one in a folder that of the folder, wherever it lies."""
-    name = base_name(model)
+def without_place(name: str) -> str:
+    """A name for records: of what lies in a folder that of the folder, wherever it is."""
     return Path(name).name if Path(name).is_dir() else name
 
 

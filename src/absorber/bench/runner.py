@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from absorber.backbone import Backbone, inspect, sink_token
+from absorber.backbone import Backbone, base_name, inspect, sink_token
 from absorber.bench.groups import Unfinished, joined
 from absorber.bench.methods import METHODS, Method
-from absorber.bench.records import Record, append_records, environment, model_name, read_records
+from absorber.bench.records import Record, append_records, environment, read_records, without_place
 from absorber.bench.task import Checkpoint, Task, Texts
 from absorber.errors import AbsorberError, ConfigError
 
@@ -68,7 +68,7 @@ def run_task(
         raise ConfigError(f"a batch has one stream or more; got {batch}")
     listener, backbone = listener or Listener(), inspect(model)
     facts = environment(backbone.device)
-    facts |= {"model": model_name(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    facts |= {"model": without_place(base_name(model)), "dtype": str(model.dtype).removeprefix("torch.")}
     known: dict[str, list[Record]] = defaultdict(list)
     for record in read_records(output):
         known[_identity(record)].append(record)

@@ -12,6 +12,7 @@ from absorber.bench.asking import Asked, Figures, Language, Query, WritingTask, 
 from absorber.bench.data_sets import Document, Request, SummarySet, summarized
 from absorber.bench.overlap import rouge_l, token_f1
 from absorber.bench.reading import Reading, continuation_nll
+from absorber.bench.records import without_place
 from absorber.bench.similarity import similarity
 from absorber.errors import BenchmarkError
 from absorber.notes import make_guide
@@ -38,7 +39,7 @@ class Summary(WritingTask):
         """What a record says of the settings: of an embedder in a folder its name, not its place."""
         values = WritingTask.config(self)
         embedder = values.pop("embedder")
-        return values | ({"embedder": Path(embedder).name if Path(embedder).is_dir() else embedder} if embedder else {})
+        return values | ({"embedder": without_place(embedder)} if embedder else {})
 
     def prepare(self, model: Any, tokenizer: Any, data_dir: Path) -> Asked:
         """Read, draw and tokenize.
