@@ -214,8 +214,18 @@ def test_a_model_reads_several_tokens_as_usual_among_the_quick_parts():
     assert module.apply_rotary_pos_emb is before
 
 
-def test_merging_in_bfloat16_keeps_small_changes_in_the_mean():
-    backbone = inspect(build("llama").bfloat16())
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_merging_in_bfloat16_keeps_small_changes_in_the_mean(by_kernel, monkeypatch):
+    merged_by_kernel = []
+    if by_kernel:
+        pytest.importorskip("triton")
+        kernel = kernels.merge_rounded
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
+        monkeypatch.setattr(
+            kernels, "merge_rounded", lambda *given, seed: merged_by_kernel.append(seed) or kernel(*given, seed=seed)
+        )
+    place = "cuda" if by_kernel and torch.cuda.is_available() else "cpu"
+    backbone = inspect(build("llama").bfloat16().to(place))
     adapter = learned(backbone)
     with torch.no_grad():
         for up in adapter.up.values():
@@ -230,6 +240,7 @@ def test_merging_in_bfloat16_keeps_small_changes_in_the_mean():
         along += float((got * change).sum())
         nearest += float((((weight + change).bfloat16().float() - weight) * change).sum())
         wanted += float((change * change).sum())
+    assert merged_by_kernel == (list(range(len(adapter.down))) if by_kernel else [])
     assert along / wanted == pytest.approx(1, abs=0.3)
     assert nearest / wanted < 0.3  # what rounding to the nearest leaves of them
 

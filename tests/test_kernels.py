@@ -97,10 +97,11 @@ def test_a_cpu_runs_the_twins():
     assert not kernels.usable(torch.zeros(1))
 
 
+@pytest.mark.parametrize("strength", [1e-3, 1.0], ids=["below a step", "of many steps"])
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), [(70, 130, 5), (64, 128, 64), (5, 300, 33)])
-def test_merge_rounded(outputs, inputs, rank):
+def test_merge_rounded(outputs, inputs, rank, strength):
     weight = random(outputs, inputs, seed=1).bfloat16()
-    up, down = random(outputs, rank, seed=2, scale=1e-3), random(rank, inputs, seed=3, scale=1)
+    up, down = random(outputs, rank, seed=2, scale=strength), random(rank, inputs, seed=3, scale=1)
     exact = weight.float().addmm(up, down, alpha=0.5)
     merged, again, other = (torch.empty_like(weight) for _ in range(3))
     for target, seed in ((merged, 3), (again, 3), (other, 4)):

@@ -8,15 +8,8 @@ import pytest
 from absorber.bench import hub, made_up
 from absorber.bench.data_sets import Example, examples, questions, summarized
 from absorber.errors import BenchmarkError, MissingExtraError
+from data_readers import ASKED as READERS
 
-READERS = {
-    "ag_news": lambda folder, split: examples("ag_news", folder, split),
-    "trec": lambda folder, split: examples("trec", folder, split),
-    "banking77": lambda folder, split: examples("banking77", folder, split),
-    "musique": questions,
-    "samsum": lambda folder, split: summarized("samsum", folder, split),
-    "squality": lambda folder, split: summarized("squality", folder, split),
-}
 SIZES = {"ag_news": 120, "trec": 144, "banking77": 320, "musique": 12, "samsum": 42, "squality": 8}
 
 

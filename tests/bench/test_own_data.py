@@ -8,26 +8,17 @@ import pytest
 
 from absorber.bench import made_up
 from absorber.bench.data import documents, once, streams
-from absorber.bench.data_sets import Example, examples, questions, summarized
+from absorber.bench.data_sets import Example, questions, summarized
 from absorber.bench.icl import InContext
 from absorber.bench.reasoning import Reasoning
 from absorber.bench.records import read_records
 from absorber.bench.runner import Listener, run_task
 from absorber.bench.summary import Summary
 from absorber.errors import BenchmarkError
+from data_readers import ASKED, READ
 
 SPLITS = ("choose", "report")
-READERS = {
-    "novels": lambda folder, split: documents("books", folder, split),
-    "wikitext2": lambda folder, split: documents("encyclopedia", folder, split),
-    "talks": lambda folder, split: documents("dialogues", folder, split),
-    "ag_news": lambda folder, split: examples("ag_news", folder, split),
-    "trec": lambda folder, split: examples("trec", folder, split),
-    "banking77": lambda folder, split: examples("banking77", folder, split),
-    "musique": questions,
-    "samsum": lambda folder, split: summarized("samsum", folder, split),
-    "squality": lambda folder, split: summarized("squality", folder, split),
-}
+READERS = READ | ASKED
 SIZES = {"num_rounds": 2, "num_streams": 3, "context_tokens": 120, "sync_tokens": 140, "num_queries": 2}
 
 
