@@ -74,6 +74,8 @@ class Adapter:
         self.enabled = True
         self.rows: Tensor | None = None
         """Which streams' rows a batch has, inside `only`; None for those of all."""
+        self.elsewhere: frozenset[str] = frozenset()
+        """Projections that add their product themselves, inside `fused_adapter.together`."""
 
     @classmethod
     def fresh(cls, backbone: Backbone, config: AbsorbConfig, *, num_streams: int = 1) -> "Adapter":
@@ -181,13 +183,14 @@ class Adapter:
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled:
+            if not self.enabled or name in self.elsewhere:
                 return None
             down_BRI: Tensor = self.down[name]
             up_BOR: Tensor = self.up[name]
             if self.rows is not None:
                 down_BRI, up_BOR = down_BRI[self.rows], up_BOR[self.rows]
-            return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, weight=frozen_weight(module))
+            over = frozen_weight(module) is not None
+            return add_low_rank(output, args[0], down_BRI, up_BOR, scale=self.scale, over=over)
 
         return add
 
@@ -195,16 +198,19 @@ class Adapter:
 
     def snapshot(self, streams: Tensor | None = None) -> Snapshot:
         """Copy the weights of all streams, or of those where the mask [B] is True."""
-        return [(weight if streams is None else weight[streams]).detach().clone() for weight in self.parameters()]
+        weights = [weight.detach() if streams is None else weight.detach()[streams] for weight in self.parameters()]
+        copies = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        return copies
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot, streams: Tensor | None = None) -> None:
         """Put back what `snapshot` returned for the same streams."""
+        if streams is None:
+            torch._foreach_copy_(tuple(self.parameters()), snapshot)
+            return
         for weight, saved in zip(self.parameters(), snapshot, strict=True):
-            if streams is None:
-                weight.copy_(saved)
-            else:
-                weight[streams] = saved
+            weight[streams] = saved
 
     def stream(self, index: int) -> "Adapter":
         """Copy one stream's weights into an adapter of its own."""

@@ -54,7 +54,9 @@ class Backbone:
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Project final hidden states to logits, as the model itself does, in its own type."""
-        logits_BTV: Tensor = self.head(hidden_BTD.to(self.head.weight.dtype)) / self.logits_divisor  # type: ignore
+        logits_BTV: Tensor = self.head(hidden_BTD.to(self.head.weight.dtype))  # type: ignore[arg-type]
+        if self.logits_divisor != 1:
+            logits_BTV = logits_BTV / self.logits_divisor
         if self.logits_softcap is not None:
             logits_BTV = torch.tanh(logits_BTV / self.logits_softcap) * self.logits_softcap
         return logits_BTV
@@ -117,6 +119,48 @@ def _logits_divisor(config: Any) -> float:
     """What a model divides its logits by; some name a divisor (Granite), some a factor (Cohere, Falcon H1)."""
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     return float(getattr(config, "logits_scaling", None) or 1 / factor)
+
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of projections of a module that read the same input."""
+
+
+def families(backbone: Backbone) -> list[tuple[str, ...]]:
+    """Names of the projections, those that read the same input together."""
+    found: dict[Any, list[str]] = {}
+    for name in backbone.projections:
+        parent, _, own = name.rpartition(".")
+        place = next((place for place, names in enumerate(_SIBLINGS) if own in names), own)
+        found.setdefault((parent, place), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+@torch.no_grad()
+def lay_together(model: nn.Module) -> None:
+    """Lay the weights of q, k and v of each attention one behind another in memory; their values stay, bit for bit.
+
+    Products of one input and several weights that lie so can be one product, which a GPU computes sooner.
+    """
+    for module in model.modules():
+        projections = [getattr(module, name, None) for name in _SIBLINGS[0]]
+        if all(type(projection) is nn.Linear for projection in projections):
+            weights: list[Tensor] = [projection.weight for projection in projections]  # type: ignore[union-attr]
+            pieces = torch.split(torch.cat(weights), [len(weight) for weight in weights])
+            for weight, piece in zip(weights, pieces, strict=True):
+                weight.data = piece
+
+
+def lying_together(weights: Sequence[Tensor]) -> Tensor | None:
+    """Weights [O, I] that lie one behind another, as one; None if they do not, or are a single one."""
+    first, ends = weights[0], [weight.data_ptr() + weight.nbytes for weight in weights]
+    if len(weights) < 2 or ends[:-1] != [weight.data_ptr() for weight in weights[1:]]:
+        return None
+    if any(not weight.is_contiguous() or weight.dtype != first.dtype for weight in weights):
+        return None
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:  # neighbors by chance
+        return None
+    outputs = sum(len(weight) for weight in weights)
+    return first.detach().as_strided((outputs, first.shape[1]), first.stride())
 
 
 def num_features(projection: Any) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def quick_norms(backbone: Backbone) -> Iterator[None]:
         for module in backbone.decoder.modules()
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     ]
-    with _forwards({norm: quick(norm) for norm in norms}):
+    with forwards({norm: quick(norm) for norm in norms}):
         yield
 
 
@@ -74,7 +74,7 @@ def _activations(backbone: Backbone) -> Iterator[None]:
         for module in backbone.blocks.modules()
         if type(module).__name__.endswith("MLP") and all(hasattr(module, part) for part in parts)
     ]
-    with _forwards({mlp: quick(mlp) for mlp in found if type(mlp.act_fn).__name__.startswith(("SiLU", "Silu"))}):
+    with forwards({mlp: quick(mlp) for mlp in found if type(mlp.act_fn).__name__.startswith(("SiLU", "Silu"))}):
         yield
 
 
@@ -151,11 +151,11 @@ class _Rotated(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _forwards(forwards: dict[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def forwards(replaced: dict[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Let modules run other functions, and afterwards what they ran before."""
-    before = {module: vars(module).get("forward") for module in forwards}
+    before = {module: vars(module).get("forward") for module in replaced}
     try:
-        for module, forward in forwards.items():
+        for module, forward in replaced.items():
             module.forward = forward
         yield
     finally:

@@ -1,4 +1,4 @@
-"""CUDA graphs of the student's step: recorded once per shape, replayed without launching its kernels one by one.
+"""CUDA graphs of the passes of a round: recorded once per shape, replayed without launching their kernels one by one.
 
 A step over 24 short texts of a 135M model takes longer to launch than to compute. A graph has the shapes, the adapter's
 addresses and the settings frozen in it; its inputs are copied into tensors of its own before each replay.
@@ -37,9 +37,9 @@ class _Recorded:
 
     graph: Any
     inputs: list[Tensor]
-    loss_B: Tensor
+    result: Tensor
     gradients: list[tuple[Tensor, Tensor | None]]
-    """Of which weight, and what it is; none where losses alone are computed."""
+    """Of which weight, and what it is; none without a backward pass."""
 
 
 class StepGraphs:
@@ -64,18 +64,18 @@ class StepGraphs:
         inputs: Sequence[Tensor],
         finish: Callable[[], None] | None,
     ) -> Tensor | None:
-        """Compute losses and leave their gradients in the weights' `grad`.
+        """Compute losses and leave their gradients in the weights' `grad`; or anything without gradients.
 
         Args:
             key: Whatever `compute` depends on beside the values of its inputs.
-            compute: Inputs to losses [B].
+            compute: Inputs to losses [B], or to what is wanted.
             inputs: Tensors whose values may differ from call to call.
-            finish: What is done with the gradients after the backward pass; None to compute losses alone, and leave
-                `grad` as it is.
+            finish: What is done with the gradients after the backward pass; None for no such pass, which leaves `grad`
+                as it is.
 
         Returns:
-            The losses, without gradient; None on the first call with this key, which has to run as usual, and where
-            the step cannot be recorded.
+            What was computed, without gradient; None on the first call with this key, which has to run as usual, and
+            where it cannot be recorded.
         """
         key = (key, finish is None, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._recorded:
@@ -96,7 +96,7 @@ class StepGraphs:
         found.graph.replay()
         for weight, gradient in found.gradients:
             weight.grad = gradient
-        return found.loss_B.clone()
+        return found.result.clone()
 
     def _record(self, compute: Compute, inputs: Sequence[Tensor], finish: Callable[[], None] | None) -> _Recorded:
         own = [tensor.clone() for tensor in inputs]
@@ -105,13 +105,13 @@ class StepGraphs:
             weight.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.set_grad_enabled(finish is not None), torch.cuda.graph(graph, pool=self._pool):
-            loss_B = compute(*own)
+            result = compute(*own)
             if finish is not None:
-                loss_B.sum().backward()  # type: ignore[no-untyped-call]
+                result.sum().backward()  # type: ignore[no-untyped-call]
                 finish()
         self._pool = graph.pool()
         gradients = [(weight, weight.grad) for weight in learning]
-        return _Recorded(graph, own, loss_B.detach(), gradients)
+        return _Recorded(graph, own, result.detach(), gradients)
 
 
 _graphs_of: "weakref.WeakKeyDictionary[Adapter, StepGraphs]" = weakref.WeakKeyDictionary()

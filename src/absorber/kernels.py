@@ -27,6 +27,9 @@ except ImportError:
 _KEYS = 64
 """Keys that one program of `attend_one` reads."""
 
+_MERGE_TILE = (64, 128, 4)
+"""Rows and columns of W that one program of `merge_rounded` writes, and its warps."""
+
 
 def usable_on(kind: str) -> bool:
     """Whether the kernels can run on this kind of device."""
@@ -179,9 +182,12 @@ def merge_rounded(
         seed: Of the noise; the same seed and shape give the same noise.
     """
     outputs, inputs = weight_OI.shape
-    _merge_rounded[(triton.cdiv(outputs, 64), triton.cdiv(inputs, 128))](
+    rows, columns, warps = _MERGE_TILE
+    _merge_rounded[(triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))](
         weight_OI, up_OR, down_RI, merged_OI, scale, (seed + 1) * 0x9E3779B9 % 2**31, outputs, inputs, up_OR.shape[1],
-        OUTPUTS=64, INPUTS=128, RANK=32, num_warps=8,
+        OUTPUTS=rows, INPUTS=columns, RANK=32, num_warps=warps,
+        # Triton's interpreter, in which tests run without a GPU, cannot multiply bfloat16.
+        FACTOR=tl.bfloat16 if weight_OI.is_cuda else tl.float32,
     )  # fmt: skip
 
 
@@ -190,30 +196,40 @@ if triton is not None:
     @triton.jit
     def _merge_rounded(
         weight, up, down, merged, scale, seed, outputs, inputs, rank,
-        OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANK: tl.constexpr,
+        OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANK: tl.constexpr, FACTOR: tl.constexpr,
     ) -> Any:  # fmt: skip
-        """One program per tile of W."""
-        output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
-        input = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)[None, :]
+        """One program per tile of W, whose places are counted from its first one."""
+        row = tl.arange(0, OUTPUTS)[:, None]
+        column = tl.arange(0, INPUTS)[None, :]
+        first_row = tl.program_id(0) * OUTPUTS
+        first_column = tl.program_id(1) * INPUTS
+        there = (first_row + row < outputs) & (first_column + column < inputs)
+        local = row * inputs + column
+        first = first_row.to(tl.int64) * inputs + first_column
+        exact = tl.load(weight + first + local, mask=there, other=0.0).to(tl.float32)
         change = tl.zeros((OUTPUTS, INPUTS), tl.float32)
         for start in range(0, rank, RANK):
             across = start + tl.arange(0, RANK)[None, :]
-            b = tl.load(up + output * rank + across, mask=(output < outputs) & (across < rank), other=0.0)
             along = start + tl.arange(0, RANK)[:, None]
-            a = tl.load(down + along * inputs + input, mask=(along < rank) & (input < inputs), other=0.0)
-            change = tl.dot(b, a, change, input_precision="tf32x3")
-        there = (output < outputs) & (input < inputs)
-        place = output * inputs + input
-        exact = tl.load(weight + place, mask=there, other=0.0).to(tl.float32) + scale * change
+            at_b, at_a = (first_row + row) * rank + across, along * inputs + first_column + column
+            b = tl.load(up + at_b, mask=(first_row + row < outputs) & (across < rank), other=0.0)
+            a = tl.load(down + at_a, mask=(along < rank) & (first_column + column < inputs), other=0.0)
+            # A float32 is two numbers of bfloat16 but for its last bits, and their products are exact in float32.
+            b_high, a_high = b.to(FACTOR), a.to(FACTOR)
+            b_low, a_low = (b - b_high.to(tl.float32)).to(FACTOR), (a - a_high.to(tl.float32)).to(FACTOR)
+            change = tl.dot(b_high, a_low, change)
+            change = tl.dot(b_low, a_high, change)
+            change = tl.dot(b_high, a_high, change)
+        exact += scale * change
         # The place, mixed until each bit depends on all (the last steps of MurmurHash3, Appleby, 2011).
-        noise = (place + seed).to(tl.uint32)
+        noise = (first.to(tl.int32) + local + seed).to(tl.uint32)
         noise = (noise ^ (noise >> 16)) * 0x85EBCA6B
         noise = (noise ^ (noise >> 13)) * 0xC2B2AE35
         noise = noise ^ (noise >> 16)
         # The upper half of a float32 is a bfloat16; what is added to the lower half carries as often as it should.
         bits = exact.to(tl.uint32, bitcast=True) + (noise >> 16)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-        tl.store(merged + place, rounded.to(tl.bfloat16), mask=there)
+        tl.store(merged + first + local, rounded.to(tl.bfloat16), mask=there)
 
     @triton.jit
     def _rotate_one(

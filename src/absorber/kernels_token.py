@@ -73,12 +73,12 @@ class Launch(NamedTuple):
 
 
 LAUNCHES: dict[tuple[int, int], Launch] = {
-    # (I, O of all weights that are read), those of LLaMA2-7B and its adapter of rank 64; best of a sweep on an H100.
+    # (I, O of all weights that are read), those of LLaMA2-7B and its adapter of rank 64; best of a sweep on an H200.
     (4096, 12288): Launch(2, 2048, 8),
     (4096, 4096): Launch(1, 4096, 8),
-    (4096, 22016): Launch(1, 4096, 8),  # of gate and of up
-    (11008, 4096): Launch(1, 4096, 4),
-    (4096, 32000): Launch(2, 4096, 8),
+    (4096, 22016): Launch(2, 4096, 4),  # of gate and of up
+    (11008, 4096): Launch(4, 1024, 2),
+    (4096, 32000): Launch(2, 2048, 8),
     (4096, 192): Launch(2, 2048, 8),
     (11008, 64): Launch(1, 4096, 4),
 }

@@ -13,7 +13,7 @@ from absorber.errors import ModelError
 
 
 def add_low_rank(
-    output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *, scale: float, weight: Tensor | None = None
+    output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, *, scale: float, over: bool = False
 ) -> Tensor:
     """Compute output + s B A x with each row's own A and B, in the type of x.
 
@@ -23,8 +23,7 @@ def add_low_rank(
         down_BRI: A.
         up_BOR: B.
         scale: s.
-        weight: W [O, I], if the output is W x plus a constant and nothing but x needs its gradient; see `_AddLowRank`.
-            The sum may then be written over the output.
+        over: Whether the sum may be written over the output where nothing is differentiated.
 
     Returns:
         As `output`.
@@ -40,13 +39,11 @@ def add_low_rank(
             f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
         )
     if kernels.usable(x) and torch.is_grad_enabled():
-        if weight is not None:
-            output = output.detach()
-        summed: Tensor = _AddLowRank.apply(output, x, down_BRI, up_BOR, weight)  # type: ignore[no-untyped-call]
+        summed: Tensor = _AddLowRank.apply(output, x, down_BRI, up_BOR)  # type: ignore[no-untyped-call]
         return summed
     output_BTO, x_BTI = output.reshape(num_streams, -1, output.shape[-1]), x.reshape(num_streams, -1, x.shape[-1])
     low_BTR = torch.bmm(x_BTI, down_BRI.to(x.dtype).mT)
-    if weight is not None and not torch.is_grad_enabled() and output.is_contiguous():
+    if over and not torch.is_grad_enabled() and output.is_contiguous():
         output_BTO.baddbmm_(low_BTR, up_BOR.to(x.dtype).mT)
         return output
     return torch.baddbmm(output_BTO, low_BTR, up_BOR.to(x.dtype).mT).view_as(output)
@@ -54,50 +51,32 @@ def add_low_rank(
 
 def frozen_weight(module: nn.Module) -> Tensor | None:
     """W of a plain projection that is not trained itself."""
-    plain = type(module) is nn.Linear and not any(weight.requires_grad for weight in module.parameters())
-    return module.weight if plain else None  # type: ignore[return-value]
+    if type(module) is not nn.Linear or module.weight.requires_grad:
+        return None
+    return None if module.bias is not None and module.bias.requires_grad else module.weight
 
 
 class _AddLowRank(torch.autograd.Function):
-    """output + B A x, with the gradients of A and B in float32; and W's share of the gradient of x if W is given.
-
-    Then a product adds up both shares, the sum is written over the output, and what made that is not differentiated.
-    """
+    """output + B A x, with the gradients of A and B in float32."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor, weight_OI: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
         down_BRI, up_BOR = down_BRI.to(x.dtype), up_BOR.to(x.dtype)
         output_BTO, x_BTI = (y.reshape(len(down_BRI), -1, y.shape[-1]) for y in (output, x))
         low_BTR = torch.bmm(x_BTI, down_BRI.mT)
-        ctx.save_for_backward(x, low_BTR, down_BRI, up_BOR, weight_OI)
-        if weight_OI is None or not output.is_contiguous():
-            return torch.baddbmm(output_BTO, low_BTR, up_BOR.mT).view_as(output)
-        output_BTO.baddbmm_(low_BTR, up_BOR.mT)
-        ctx.mark_dirty(output)
-        return output
+        ctx.save_for_backward(x, low_BTR, down_BRI, up_BOR)
+        return torch.baddbmm(output_BTO, low_BTR, up_BOR.mT).view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_BTR, down_BRI, up_BOR, weight_OI = ctx.saved_tensors
+        x, low_BTR, down_BRI, up_BOR = ctx.saved_tensors
         slope_BTO, x_BTI = (y.reshape(len(down_BRI), -1, y.shape[-1]) for y in (upstream[0], x))
         low_slope_BTR = torch.bmm(slope_BTO, up_BOR)
-        x_slope = None
-        if ctx.needs_input_grad[1] and weight_OI is None:
-            x_slope = torch.bmm(low_slope_BTR, down_BRI).view_as(x)
-        elif ctx.needs_input_grad[1]:
-            x_slope = torch.matmul(slope_BTO, weight_OI).baddbmm_(low_slope_BTR, down_BRI).view_as(x)
-        return (
-            upstream[0] if weight_OI is None else None,
-            x_slope,
-            _outer_products(low_slope_BTR, x_BTI),
-            _outer_products(slope_BTO, low_BTR),
-            None,
-        )
+        x_slope = torch.bmm(low_slope_BTR, down_BRI).view_as(x) if ctx.needs_input_grad[1] else None
+        return upstream[0], x_slope, outer_products(low_slope_BTR, x_BTI), outer_products(slope_BTO, low_BTR)
 
 
-def _outer_products(p_BTP: Tensor, q_BTQ: Tensor) -> Tensor:
+def outer_products(p_BTP: Tensor, q_BTQ: Tensor) -> Tensor:
     """The sum over t of p_t q_t^T, stream by stream, in float32; for a single stream cuBLAS has a good kernel."""
     if p_BTP.shape[0] == 1 and p_BTP.is_cuda and p_BTP.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(p_BTP[0].mT, q_BTQ[0], out_dtype=torch.float32)[None]

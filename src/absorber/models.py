@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from absorber.backbone import lay_together
 from absorber.errors import ConfigError, DeviceMemoryError, MissingExtraError, ModelError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -82,6 +83,8 @@ def load(
             model, tokenizer = _from_folder(name, options)
         if quantization == "none":
             model = model.to(place)
+            if place.type == "cuda":
+                lay_together(model)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"{name} does not fit on {place}: {error}. Use a smaller model, dtype bfloat16, or quantization 4bit"

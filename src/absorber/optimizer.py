@@ -168,7 +168,8 @@ def clip(adapter: Adapter, norm: float | None) -> None:
         factor = (norm / torch.stack(torch._foreach_norm(gradients)).float().norm().clamp_min(1e-12)).clamp_max(1.0)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         return
-    norms_B = torch.stack([gradient.flatten(1).float().norm(dim=1) for gradient in gradients])
-    factor_B11 = (norm / norms_B.norm(dim=0).clamp_min(1e-12)).clamp_max(1.0).view(-1, 1, 1)
+    # Of rows first: to sum up a whole weight of each stream keeps few processors busy.
+    norms = torch.cat([torch.linalg.vector_norm(gradient.float(), dim=2) for gradient in gradients], dim=1)
+    factor_B11 = (norm / norms.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).view(-1, 1, 1)
     for gradient in gradients:
         gradient.mul_(factor_B11.to(gradient.dtype))

@@ -33,18 +33,27 @@ class Target:
     teacher, two for a mixture."""
 
     def to(self, device: torch.device | str) -> "Target":
-        """Copy to a device."""
+        """Copy to a device, without waiting for it."""
+        return self._mapped(lambda states: states.to(device, non_blocking=True))
+
+    def to_host(self) -> "Target":
+        """Copy to the CPU, from a GPU into pinned memory without waiting for it: who reads it there has to."""
+
+        def copied(states: Tensor) -> Tensor:
+            held = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
+            return held.copy_(states, non_blocking=True)
+
+        return self._mapped(copied)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Target":
         return Target(
-            layers=tuple(layer.to(device) for layer in self.layers),
-            finals=tuple((share, final.to(device)) for share, final in self.finals),
+            layers=tuple(change(layer) for layer in self.layers),
+            finals=tuple((share, change(final)) for share, final in self.finals),
         )
 
     def rows(self, rows: Tensor) -> "Target":
         """That of some streams."""
-        return Target(
-            layers=tuple(layer[rows] for layer in self.layers),
-            finals=tuple((share, final[rows]) for share, final in self.finals),
-        )
+        return self._mapped(lambda states: states[rows])
 
     @classmethod
     def joined(cls, targets: "Sequence[Target]") -> "Target":

@@ -12,6 +12,7 @@ from torch import Tensor
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, States, forward_states, with_sink
 from absorber.config import AbsorbConfig
+from absorber.graphs import StepGraphs, without_masks
 from absorber.synchronization import Target
 
 
@@ -39,6 +40,7 @@ def teach(
     *,
     sink_id: int | None,
     segments: int = 1,
+    graphs: StepGraphs | None = None,
 ) -> Target:
     """Run the teacher over context and subsequent text (line 1 of Algorithm 1, arXiv 2604.20915).
 
@@ -50,6 +52,7 @@ def teach(
         config: `teacher` chooses among base, memory and mixture.
         sink_id: Token before X, or None.
         segments: Into how many pieces Y is cut, each read as if it alone followed X.
+        graphs: Where the pass of the pristine base is recorded and replayed, from `graphs_of`; None to run it as it is.
 
     Returns:
         Hidden states at the positions of Y. A mixture averages hidden states and log-probabilities.
@@ -59,15 +62,25 @@ def teach(
     first = input_ids_BT.shape[1] - pieces_BT.shape[1]
     layers = hidden_layers(backbone, config)
 
-    def run() -> States:
+    def run(input_ids_BT: Tensor = input_ids_BT) -> States:
         states = forward_states(backbone, input_ids_BT, first=first, layers=layers)
         return states.rejoined(subsequent_BM.shape[0])
+
+    def recorded() -> States | None:
+        def final(input_ids_BT: Tensor) -> Tensor:
+            with without_masks(backbone):
+                return run(input_ids_BT).final_BTD
+
+        if graphs is None or layers:
+            return None
+        final_BTD = graphs.run(("base", first, subsequent_BM.shape), final, [input_ids_BT], None)
+        return None if final_BTD is None else States(layers=(), final_BTD=final_BTD)
 
     if config.teacher == "memory":
         own = run()
         return Target(layers=own.layers, finals=((1.0, own.final_BTD),))
     with adapter.disabled():
-        base = run()
+        base = recorded() or run()
     if config.teacher == "base":
         return Target(layers=base.layers, finals=((1.0, base.final_BTD),))
     own = run()

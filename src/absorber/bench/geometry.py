@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Qwen3Config
 
+from absorber.backbone import lay_together
 from absorber.bench.families.trunk import TrunkConfig, TrunkForCausalLM
 from absorber.errors import ConfigError, DeviceMemoryError
 from absorber.models import choose_device, choose_dtype
@@ -108,6 +109,8 @@ def build_geometry(name: str, *, device: str = "auto", dtype: str = "auto") -> A
         with torch.random.fork_rng(devices=devices), place:
             torch.manual_seed(0)
             model = _from_config(config, kind)
+        if place.type == "cuda":  # as `load` does
+            lay_together(model)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(f"{name} does not fit on {place}: {error}. Choose a smaller geometry") from error
     model.config._name_or_path = name
