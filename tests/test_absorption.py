@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import absorber.absorption
-from absorber import AbsorbConfig, ConfigError, ContextError, DeviceMemoryError, DivergedError
+from absorber import AbsorbConfig, ConfigError, ContextError, DeviceMemoryError, DivergedError, StreamConfig
 from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
 from absorber.optimizer import new_optimizer
+from absorber.stream import Stream
 
 CONFIG = AbsorbConfig(rank=3, max_steps=3, learning_rate=2e-3, warmup_steps=0, hidden_weight=10.0)
 RISING = CONFIG.replace(learning_rate=0.5, schedule="constant", gradient_clip=None)
@@ -168,6 +169,29 @@ def test_no_room_on_the_device(backbone, monkeypatch, at_step):
     assert same(adapter, before)
     assert all(map(torch.equal, state, moments(optimizer)))
     assert all(weight.grad is None for weight in adapter.parameters())
+
+
+@pytest.mark.parametrize(("teacher", "asked_again"), [("base", False), ("memory", True)])
+def test_the_base_is_asked_once_of_each_text(backbone, monkeypatch, teacher, asked_again):
+    """A round's own text is asked for in its own time; later rounds that train on it know the answer."""
+    config = AbsorbConfig(rank=2, max_steps=8, anchor_texts=2, anchor_tokens=6, teacher=teacher)
+    stream = Stream(
+        backbone, Adapter.fresh(backbone, config), config, StreamConfig(context_tokens=8, sync_tokens=12), sink_id=0
+    )
+    asked, teach = [], absorber.absorption.teach
+
+    def counted(backbone, adapter, context_BN, subsequent_BM, *args, **more):
+        asked.append((context_BN.tolist(), subsequent_BM.tolist()))
+        return teach(backbone, adapter, context_BN, subsequent_BM, *args, **more)
+
+    monkeypatch.setattr(absorber.absorption, "teach", counted)
+    stream.append(torch.randint(1, 90, (1, 20 + 8 * 12), generator=torch.Generator().manual_seed(0)))
+    rounds = [texts for texts in asked if texts[0][0]]
+    assert stream.num_rounds == 13
+    assert len({str(texts) for texts in rounds}) == 13
+    assert (len(rounds) > 13) == asked_again
+    anchors = [texts for texts in asked if not texts[0][0]]
+    assert len(anchors) == 1  # both texts, in one order or the other
 
 
 def test_the_sink_is_never_scored_and_stands_before_both(backbone):

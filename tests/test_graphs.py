@@ -10,7 +10,7 @@ from absorber.adapter import Adapter
 from absorber.backbone import altered_by_others, forward_states, inspect
 from absorber.config import AbsorbConfig
 from absorber.graphs import StepGraphs, graphs_of, is_plain, without_masks
-from absorber.lessons import Past
+from absorber.lessons import Anchors, Past
 from absorber.notes import Notes, given
 from absorber.study import begin
 from architectures import build
@@ -57,7 +57,7 @@ def rounds(backbone):
             sink_id=0,
             notes=notes,
             studied=studied,
-            earlier=Earlier(past, anchors, number),
+            earlier=Earlier(past, Anchors(anchors), number),
         )
         past.append(Past(context.cpu(), subsequent.cpu()))
         studied.append(notes)

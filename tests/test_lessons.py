@@ -1,5 +1,6 @@
 """What the steps of a round train on: the plan, the pieces, the reservoir of earlier rounds, the anchors."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from absorber import PRESETS, AbsorbConfig, DivergedError
 from absorber.backbone import eos_tokens, inspect, vocabulary
-from absorber.lessons import Lesson, Lessons, Past, Reservoir
+from absorber.lessons import Anchors, Lesson, Lessons, Past, Reservoir
 from absorber.subsequent import make_asking, write_from_nothing, write_questions
 from absorber.synchronization import Target
 from architectures import ARCHITECTURES, build
@@ -22,7 +23,7 @@ def lessons(config=CONFIG, *, replayed=PAIRS, anchors=ANCHORS, round_number=1, l
     return Lessons(
         own,
         past=replayed,
-        anchors=anchors,
+        anchors=None if anchors is None else Anchors(anchors),
         config=config,
         round_number=round_number,
     )
@@ -156,6 +157,25 @@ def test_the_base_is_asked_once_about_an_earlier_round():
 
 
 # --- Anchors
+
+
+def test_the_base_is_asked_once_about_an_anchor():
+    anchors, own = Anchors(ANCHORS), Lesson(torch.ones(2, 8, dtype=torch.long), torch.zeros(2, 24).long(), 0, (1,))
+    said = {}
+    for number in range(30):
+        lesson = anchors.draw(own, random.Random(number))
+        texts = lesson.subsequent_BM[0].reshape(2, 10)
+        known = [int(text[0]) // 10 in said for text in texts]
+        assert (lesson.target is not None) == all(known)
+        if lesson.target is None:
+            # What it says of a text is made of its first token.
+            states = texts[:, :, None].repeat(1, 1, 3).flatten(0, 1)[None].repeat(2, 1, 1).float()
+            lesson.taught(Target(layers=(), finals=((1.0, states),)), by_base=False)
+            said |= {int(text[0]) // 10: True for text in texts}
+        ((share, final_BMD),) = lesson.target.finals
+        assert share == 1
+        assert torch.equal(final_BMD[:, :, 0].long(), lesson.subsequent_BM)
+    assert len(said) == len(anchors.said) == 6
 
 
 def test_anchors_are_the_same_for_a_seed_and_leave_no_trace(model, backbone):

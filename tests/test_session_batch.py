@@ -9,7 +9,7 @@ import absorber.session_batch
 from absorber import AbsorbConfig, ConfigError, ContextError, DivergedError, Session, SessionBatch, StreamConfig
 from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
-from absorber.lessons import Past
+from absorber.lessons import Anchors, Past
 from absorber.optimizer import new_optimizer, take_step
 from architectures import build
 
@@ -178,7 +178,7 @@ def test_streams_of_one_age_share_every_step(backbone, rows_read):
         ids[:, 8:],
         config,
         sink_id=0,
-        earlier=[Earlier(past, anchors, 4) for _ in range(3)],
+        earlier=[Earlier(past, Anchors(anchors), 4) for _ in range(3)],
     )
     assert len(rows_read) == config.max_steps
     assert all(rows % 3 == 0 for rows in rows_read)

@@ -282,7 +282,7 @@ def test_what_the_rounds_are_given_to_train_on(monkeypatch, backbone):
         pairs = [(kept.context_BN[0].tolist(), kept.subsequent_BM[0].tolist()) for kept in past]
         assert len(pairs) == min(number, 2)
         assert all(pair in real[:number] for pair in pairs)
-        assert torch.equal(anchors, write_from_nothing(backbone, ALL, sink_id=0))
+        assert torch.equal(anchors.texts_QA, write_from_nothing(backbone, ALL, sink_id=0))
     assert absorbed.numbers == list(range(1, len(real) + 1))
     plain = Absorbed()
     monkeypatch.setattr(absorber.stream, "absorb_context", plain)

@@ -11,6 +11,7 @@ Shapes: B streams, N context tokens (X), M subsequent tokens (Y).
 """
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from absorber.adapter import Adapter, Snapshot
 from absorber.backbone import Backbone, check_positions, forward_states, on_its_device, untouched, with_sink
 from absorber.config import AbsorbConfig
 from absorber.errors import ContextError, DeviceMemoryError, DivergedError
+from absorber.fused_adapter import together
 from absorber.fused_text import fused
 from absorber.graphs import graphs_of
-from absorber.lessons import Lesson, Lessons, LessonsTogether, Part, Past
+from absorber.lessons import Anchors, Lesson, Lessons, LessonsTogether, Part, Past
 from absorber.notes import Notes
 from absorber.optimizer import new_optimizer, scheduled, take_step
 from absorber.student import gradients, look
@@ -71,10 +73,13 @@ class Earlier:
 
     past: Sequence[Past] = ()
     """Earlier rounds, to train on again."""
-    anchors: Tensor | None = None
-    """Texts [Q, A] that the base wrote from nothing, on which the model should stay as it is."""
+    anchors: Anchors | None = None
+    """Texts that the base wrote from nothing, on which the model should stay as it is."""
     round_number: int = 1
     """Decides together with the seed which step trains on what."""
+    own: Past | None = None
+    """This round's texts, for rounds that train on it again: what the base says of Y is kept there. Y may be followed
+    by generated text in the round itself."""
 
 
 def absorb_context(
@@ -142,7 +147,8 @@ def absorb_context(
     results = [RoundResult() for _ in range(num_streams)]
     optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
-        with untouched(backbone.model), on_its_device(backbone), adapter.attached(backbone), fused(backbone):
+        quick = fused(backbone), together(backbone, adapter)
+        with untouched(backbone.model), on_its_device(backbone), adapter.attached(backbone), quick[0], quick[1]:
             judged = config.held_out_tokens
             if num_generated or subsequent_BM.shape[1] < judged + 2:
                 judged = 0
@@ -189,6 +195,8 @@ def absorb_context(
 
 def _lessons(own: Lesson, earlier: Earlier | Sequence[Earlier], config: AbsorbConfig) -> Lessons | LessonsTogether:
     def of(own: Lesson, one: Earlier) -> Lessons:
+        if one.own is not None and one.own.subsequent_BM.shape == own.subsequent_BM.shape:
+            own = dataclasses.replace(own, source=one.own)
         return Lessons(own, past=one.past, anchors=one.anchors, config=config, round_number=one.round_number)
 
     if isinstance(earlier, Earlier):
@@ -229,11 +237,12 @@ class _Trainer:
         """Line 3, with the teacher asked when a lesson first comes up.
 
         Losses are read when somebody waits for them, and otherwise after the last step: a device that is given one
-        step after another does not idle in between. A stream that is not finite is undone, whatever it does until then.
+        step after another does not idle in between. A stream that is not finite is undone, whatever it does until then;
+        so is a round whose first loss is not.
         """
         config, first_look = self._config, not self._results[0].losses
         watched = on_step is not None or config.threshold is not None
-        own_loss_B = torch.zeros(len(self._results), device=self._backbone.device)
+        own_loss_B = first_loss_B = torch.zeros(len(self._results), device=self._backbone.device)
         for step in range(config.max_steps + 1):  # the last turn only looks
             last = step == config.max_steps
             parts = self._parts(step)
@@ -257,10 +266,11 @@ class _Trainer:
                 own_loss_B = torch.where(own_B.to(loss_B.device), loss_B, own_loss_B)
                 on_step(step, own_loss_B)
             self._unread.append((loss_B, own_B))
-            if watched or last or step == 0:
+            first_loss_B = loss_B if step == 0 else first_loss_B
+            if first_look and (last or (watched and step == 0)):
+                _check_finite(first_loss_B)
+            if watched or last:
                 self._read(is_over=last)
-            if first_look and step == 0:
-                _check_finite(loss_B)
             if last or not self._running_B.any():
                 break
             rates = [scheduled(peak, step, config.max_steps, config) for peak in self._lessons.peaks]
@@ -291,8 +301,11 @@ class _Trainer:
         if now is not None:
             adapter.restore(self._before)
         texts = (lesson.context_BN, lesson.subsequent_BM)
+        graphs = self._graphs if rows is None else None
         with adapter.only(rows):
-            target = teach(self._backbone, adapter, *texts, config, sink_id=self._sink_id, segments=segments)
+            target = teach(
+                self._backbone, adapter, *texts, config, sink_id=self._sink_id, segments=segments, graphs=graphs
+            )
         if now is not None:
             adapter.restore(now)
         return target

@@ -33,6 +33,50 @@ class Past:
     target: Target | None = None
     """What the pristine base says of Y, once it was asked; that never changes."""
 
+    def keep(self, target: Target) -> None:
+        """Take what the base says of Y."""
+        self.target = target.to_host()
+
+
+class Anchors:
+    """Texts that the base wrote from nothing, on which the model should stay as it is; and what it says of them."""
+
+    def __init__(self, texts_QA: Tensor) -> None:
+        """Take Q texts of A tokens, on the CPU."""
+        self.texts_QA = texts_QA
+        self.said: dict[int, Tensor] = {}
+        """Final states [A, D] of the texts that the base was asked for, on the CPU; they never change."""
+
+    def draw(self, own: "Lesson", dice: random.Random) -> "Lesson":
+        """Some of the texts, together about as long as the Y of a lesson, read one by one."""
+        num_texts, num_tokens = self.texts_QA.shape
+        like_BM = own.subsequent_BM
+        chosen = dice.sample(range(num_texts), max(1, min(num_texts, like_BM.shape[1] // num_tokens)))
+        text_BM = self.texts_QA[chosen].flatten().to(like_BM.device).expand(len(like_BM), -1)
+        count = text_BM.shape[1]
+        target = self._target(chosen, len(like_BM), like_BM.device)
+        source = _Drawn(self, chosen)
+        return Lesson(text_BM[:, :0], text_BM, count, (len(chosen),), is_anchor=True, target=target, source=source)
+
+    def _target(self, chosen: Sequence[int], num_streams: int, device: torch.device) -> Target | None:
+        if any(place not in self.said for place in chosen):
+            return None
+        final_MD = torch.cat([self.said[place].to(device, non_blocking=True) for place in chosen])
+        return Target(layers=(), finals=((1.0, final_MD.expand(num_streams, -1, -1)),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The texts of a lesson."""
+
+    anchors: Anchors
+    chosen: Sequence[int]
+
+    def keep(self, target: Target) -> None:
+        """Take what the base says of them, which is the same in all streams."""
+        ((_, final_BMD),) = target.rows(torch.tensor([0])).to_host().finals
+        self.anchors.said.update(zip(self.chosen, final_BMD[0].chunk(len(self.chosen)), strict=True))
+
 
 @dataclass(slots=True, eq=False)
 class Lesson:
@@ -50,23 +94,23 @@ class Lesson:
     """Whether the teacher is the base whatever the settings, and reads the pieces one by one as well."""
     target: Target | None = None
     """What the teacher says of it, once it was asked."""
-    past: Past | None = None
-    """The earlier round that it is of."""
+    source: Past | _Drawn | None = None
+    """Where what the base says of it is kept."""
 
     @classmethod
     def again(cls, past: Past, segments: tuple[int, ...], device: torch.device) -> "Lesson":
         """An earlier round as a lesson, on a device."""
         target = None if past.target is None else past.target.to(device)
-        return cls(past.context_BN.to(device), past.subsequent_BM.to(device), 0, segments, target=target, past=past)
+        return cls(past.context_BN.to(device), past.subsequent_BM.to(device), 0, segments, target=target, source=past)
 
     def taught(self, target: Target, *, by_base: bool) -> None:
-        """Take what the teacher says; what the base says of an earlier round is kept for later ones.
+        """Take what the teacher says; what the base says is kept for later rounds.
 
         Hidden states are not: they are as large as L texts.
         """
         self.target = target
-        if self.past is not None and by_base and not target.layers:
-            self.past.target = target.to("cpu")
+        if self.source is not None and (by_base or self.is_anchor) and not target.layers:
+            self.source.keep(target)
 
     def rows(self, rows: Tensor) -> "Lesson":
         """The lesson of some streams."""
@@ -83,7 +127,7 @@ class Lesson:
             context_BN=torch.cat([lesson.context_BN for lesson in lessons]),
             subsequent_BM=torch.cat([lesson.subsequent_BM for lesson in lessons]),
             target=Target.joined(targets) if len(targets) == len(lessons) else None,
-            past=None,
+            source=None,
         )
 
     def pieces(self, step: int) -> int:
@@ -116,7 +160,7 @@ class Lessons:
         own: Lesson,
         *,
         past: Sequence[Past],
-        anchors: Tensor | None,
+        anchors: Anchors | None,
         config: AbsorbConfig,
         round_number: int,
     ) -> None:
@@ -125,7 +169,7 @@ class Lessons:
         Args:
             own: The round's own text.
             past: Earlier rounds.
-            anchors: Texts [Q, A] on which the model should stay as it is.
+            anchors: Texts on which the model should stay as it is.
             config: Shares and seed.
             round_number: From 1.
         """
@@ -134,7 +178,7 @@ class Lessons:
         self.peaks = (settled(config, round_number),)
         self._by_base = config.teacher == "base"
         drawn: dict[int, Lesson] = {}
-        anchor = None if anchors is None or not config.has_anchors else _anchor(own, anchors, dice)
+        anchor = None if anchors is None or not config.has_anchors else anchors.draw(own, dice)
         self._of_step: list[Lesson] = []
         for step in range(config.max_steps):
             text = own
@@ -195,15 +239,6 @@ class LessonsTogether:
         rows = None if len(indices) == len(self._each) else torch.tensor(indices)
         own = tuple(lesson is self._each[index].own for index, lesson in zip(indices, lessons, strict=True))
         return Part(Lesson.joined(lessons), rows, own)
-
-
-def _anchor(own: Lesson, anchors: Tensor, dice: random.Random) -> Lesson:
-    """Some of the texts, together about as long as Y, read one by one."""
-    num_texts, num_tokens = anchors.shape
-    chosen = dice.sample(range(num_texts), max(1, min(num_texts, own.subsequent_BM.shape[1] // num_tokens)))
-    row = anchors[chosen].flatten().to(own.subsequent_BM.device)
-    text_BM = row.expand(own.subsequent_BM.shape[0], -1)
-    return Lesson(text_BM[:, :0], text_BM, text_BM.shape[1], (len(chosen),), is_anchor=True)
 
 
 class Reservoir(Generic[Item]):

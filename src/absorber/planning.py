@@ -240,12 +240,14 @@ def absorb_ms(
     """Estimate the time of a round, by token that it absorbs in each stream.
 
     Counted: K steps of two operations per weight and token forward and as many backward, and once more forward if
-    blocks are computed again; the teacher's passes over the round, the anchors and, in the mean, one earlier round; the
-    last look; for each of these passes the activations that are read and written, and for each step the optimizer's
-    state. Study is not, nor what a quantized weight takes to be spelled out.
+    blocks are computed again; the teacher's pass over the round, and two more over anchors and an earlier round if what
+    it says of them is not kept; the last look; for each of these passes the activations that are read and written, and
+    for each step the optimizer's state. Study is not, nor what a quantized weight takes to be spelled out.
     """
     config, stream = preset.absorb, preset.stream
-    taught = 1 + (config.replay_share * config.replay_rounds > 0) + config.has_anchors
+    taught = 1
+    if config.hidden_weight or config.teacher != "base":
+        taught += (config.replay_share * config.replay_rounds > 0) + config.has_anchors
     # Passes over a token: forward, and a backward pass counts as two of reading and writing, as one of products.
     once = taught * stream.window_tokens + stream.sync_tokens
     steps = config.max_steps * stream.sync_tokens

@@ -21,7 +21,7 @@ from absorber.adapter import Adapter
 from absorber.backbone import Backbone, check_positions, with_sink
 from absorber.config import AbsorbConfig, StreamConfig
 from absorber.errors import ConfigError, ContextError
-from absorber.lessons import Past, Reservoir
+from absorber.lessons import Anchors, Past, Reservoir
 from absorber.memory import Round
 from absorber.notes import Guide, Notes, take_notes
 from absorber.optimizer import new_optimizer
@@ -90,8 +90,17 @@ class Stream:
         """Earlier rounds to train on again."""
         self.studied: Reservoir[Notes] = Reservoir(config.study_rounds, seed=f"{config.seed}/study")
         """Notes of them, to study again."""
-        self.anchors: Tensor | None = None
+        self._anchors: Anchors | None = None
+        self._own: Past | None = None
+
+    @property
+    def anchors(self) -> Tensor | None:
         """Texts [Q, A] on which the model should stay as it is; written before the first round."""
+        return None if self._anchors is None else self._anchors.texts_QA
+
+    @anchors.setter
+    def anchors(self, texts_QA: Tensor | None) -> None:
+        self._anchors = None if texts_QA is None else Anchors(texts_QA)
 
     def append(self, token_ids_BT: Tensor) -> None:
         """Add tokens at the end, absorbing what leaves the window.
@@ -207,12 +216,13 @@ class Stream:
         return taught_BT, torch.cat([self.window_BT[:, size:], generated_BT], dim=1)
 
     def earlier(self) -> Earlier:
-        """What the rounds before left for the next one; anchors are written if there are none."""
+        """What the rounds before leave for the next one, which takes it; anchors are written if there are none."""
         if self.anchors is None and self._config.has_anchors:
             self.anchors = write_from_nothing(
                 self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
             )
-        return Earlier(self.reservoir.items, self.anchors, self.num_rounds + 1)
+        self._own = Past(*self.next_texts(self.window_BT[:, :0]))
+        return Earlier(self.reservoir.items, self._anchors, self.num_rounds + 1, self._own)
 
     def _take_notes(self) -> Notes:
         place, size = self._backbone.device, self._stream.context_tokens
@@ -242,8 +252,9 @@ class Stream:
         self.window_BT = follows_BM
         self.behind_BT = taught_BT[:, max(0, taught_BT.shape[1] - self._stream.teacher_tokens) :]
         self.num_rounds += 1
-        if follows_BM.shape[1] >= 2:  # what was generated is not of the stream
-            self.reservoir.add(Past(taught_BT, follows_BM), round_number=self.num_rounds)
+        if self._own is not None and follows_BM.shape[1] >= 2:  # what was generated is not of the stream
+            self.reservoir.add(self._own, round_number=self.num_rounds)
+        self._own = None
         if notes is not None:
             self.studied.add(notes, round_number=self.num_rounds)
         if self._on_round is not None:
@@ -283,10 +294,9 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
                 stream._on_step(step, loss_B[index : index + 1])
 
     # What the base writes from nothing is the same for all of them.
-    anchors = next((stream.anchors for stream in streams if stream.anchors is not None), None)
+    anchors = next((stream._anchors for stream in streams if stream._anchors is not None), None)
     for stream in streams:
-        if stream.anchors is None:
-            stream.anchors = anchors
+        stream._anchors = stream._anchors or anchors
         anchors = stream.earlier().anchors
     texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
     batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])

@@ -9,7 +9,7 @@ from absorber import PRESETS, AbsorbConfig
 from absorber.absorption import Earlier, absorb_context
 from absorber.adapter import Adapter
 from absorber.backbone import inspect
-from absorber.lessons import Lesson, Lessons, Part, Past, Reservoir
+from absorber.lessons import Anchors, Lesson, Lessons, Part, Past, Reservoir
 from absorber.notes import Notes, given
 from absorber.optimizer import new_optimizer
 from absorber.student import synchronization_loss
@@ -169,8 +169,10 @@ def test_three_rounds(double, name):
         assert result.losses == pytest.approx(losses, rel=1e-4)
         assert result.rolled_back == undone
         stops.append(result.num_steps)
+        # The slope of |x| jumps at zero, where rounding decides on which side a change is.
+        tolerance = 2e-4 if name == "penalty_l1" else 2e-5
         for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
-            torch.testing.assert_close(ours[0].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
+            torch.testing.assert_close(ours[0].detach(), theirs.detach(), rtol=1e-3, atol=tolerance)
     assert (min(stops) < config.max_steps) == (name == "threshold")
 
 
@@ -232,7 +234,7 @@ WITH_LESSONS = {
 
 def plan_of(own, past, anchors, config, round_number):
     """What the library draws: (for each step "own", "anchor" or the number of a past round; the anchors' texts)."""
-    lessons = Lessons(own, past=past, anchors=anchors, config=config, round_number=round_number)
+    lessons = Lessons(own, past=past, anchors=Anchors(anchors), config=config, round_number=round_number)
     plan, texts = [], []
     for step in range(config.max_steps):
         lesson = lessons.of_step(step)
@@ -242,7 +244,7 @@ def plan_of(own, past, anchors, config, round_number):
             plan.append("anchor")
             texts = lesson.subsequent_BM[0].reshape(-1, config.anchor_tokens).tolist()
         else:
-            plan.append(next(place for place, kept in enumerate(past) if kept is lesson.past))
+            plan.append(next(place for place, kept in enumerate(past) if kept is lesson.source))
     return plan, texts
 
 
@@ -273,12 +275,13 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
     twin_optimizers = [twin.new_optimizer(lora, config) if carry else None for lora in loras]
     generator = torch.Generator().manual_seed(4)
     anchors = torch.randint(1, 257, (config.anchor_texts, config.anchor_tokens), generator=generator)
+    kept = Anchors(anchors)  # with what the base says of them, and of each round
     reservoir, studied = Reservoir(config.replay_rounds, seed=config.seed), []
     all_rounds = rounds(5 * num_streams)
     for number in range(1, 6):
         of_streams = all_rounds[(number - 1) * num_streams : number * num_streams]
         context_BN, subsequent_BM = (torch.cat(parts) for parts in zip(*of_streams, strict=True))
-        past = list(reservoir.items)
+        past, own = list(reservoir.items), Past(context_BN, subsequent_BM)
         plan, texts = plan_of(Lesson(context_BN, subsequent_BM, 3, config.segments), past, anchors, config, number)
         notes, studies = None, []
         if config.study != "off":
@@ -295,7 +298,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             num_generated=3,
             notes=notes,
             studied=studied,
-            earlier=Earlier(past, anchors, number),
+            earlier=Earlier(past, kept, number, own),
             optimizer=ours_optimizer,
         )
         for b, lora in enumerate(loras):
@@ -319,7 +322,7 @@ def test_rounds_with_replay_and_anchors(double, name, num_streams):
             assert len(losses) == plan.count("own") + 1 + bool(studies)
             for ours, theirs in zip(adapter.parameters(), lora.leaves(), strict=True):
                 torch.testing.assert_close(ours[b].detach(), theirs.detach(), rtol=1e-3, atol=2e-5)
-        reservoir.add(Past(context_BN, subsequent_BM), round_number=number)
+        reservoir.add(own, round_number=number)
         studied += [] if notes is None else [notes]
     assert ("anchor" in seen) == (name not in ("replay_alone", "next_token_alone"))
     assert ({0, 1} <= seen) == (config.replay_rounds > 0)

@@ -33,9 +33,10 @@ from absorber.bench.speed import Cell, Figure, make_room, milliseconds
 from absorber.config import AbsorbConfig
 from absorber.decoding import StaticDecoder, Way, usable
 from absorber.errors import BenchmarkError, ConfigError, DeviceMemoryError
+from absorber.fused_adapter import together
 from absorber.fused_text import fused
 from absorber.graphs import graphs_of
-from absorber.lessons import Lesson, Part, Past
+from absorber.lessons import Anchors, Lesson, Part, Past
 from absorber.optimizer import new_optimizer, take_step
 from absorber.student import gradients, look
 from absorber.teacher import teach
@@ -342,22 +343,21 @@ class Desk:
         task, config = self._task, self.absorb_config(checkpointing=checkpointing == "always")
         n, m = task.context_tokens, task.sync_tokens
         texts = self.tokens(n).cpu(), self.tokens(m).cpu()
-        anchors = self.tokens(config.anchor_tokens, rows=config.anchor_texts) if config.has_anchors else None
+        anchors = None
+        if config.has_anchors:
+            anchors = Anchors(self.tokens(config.anchor_tokens, rows=config.anchor_texts).cpu())
         ages = [slice(row, row + 1) for row in range(self._batch)] if of_all_ages else [slice(None)]
         earlier = [
             Earlier(
                 [Past(texts[0][rows], texts[1][rows]) for _ in range(config.replay_rounds)],
                 anchors,
                 1 + config.replay_rounds + age,
+                Past(texts[0][rows], texts[1][rows]),
             )
             for age, rows in enumerate(ages)
         ]
 
-        def work() -> None:
-            # What the teacher said of earlier rounds is kept; in a long stream it reads about one of them anew.
-            for one in earlier:
-                for kept in [kept for kept in one.past if kept.target is not None][:1]:
-                    kept.target = None
+        def work() -> None:  # the first time asks the teacher for all that is drawn, as the rounds before would have
             absorb_context(
                 self._backbone,
                 self.adapter,
@@ -391,7 +391,7 @@ class Desk:
         texts = (lesson.context_BN, lesson.subsequent_BM)
 
         def asked() -> None:
-            lesson.target = teach(self._backbone, adapter, *texts, config, sink_id=_SINK)
+            lesson.target = teach(self._backbone, adapter, *texts, config, sink_id=_SINK, graphs=graphs)
 
         def student() -> None:
             gradients(self._backbone, adapter, before, parts, config, sink_id=_SINK, step=0, graphs=graphs)
@@ -404,7 +404,8 @@ class Desk:
 
         works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": looked}
         works |= {"optimizer_ms": optimize, "snapshot_ms": adapter.snapshot}
-        with untouched(self._backbone.model), adapter.attached(self._backbone), fused(self._backbone):
+        quick = fused(self._backbone), together(self._backbone, adapter)
+        with untouched(self._backbone.model), adapter.attached(self._backbone), quick[0], quick[1]:
             figures = [
                 Figure(name, milliseconds(self._device, work, repeats=task.repeats, warm_ups=2), "ms")
                 for name, work in works.items()
