@@ -209,28 +209,24 @@ H100, H200 = Rates(flops=761e12, bandwidth=2.95e12), Rates(flops=770e12, bandwid
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "num_streams", "rates", "measured"),
+    ("name", "changes", "num_streams", "measured"),
     [
-        ("llama2-7b", {}, 1, H100, 2.456),
-        ("llama2-7b", {"checkpointing": True}, 1, H100, 3.352),
-        ("smollm2-135m", {"max_steps": 8}, 24, Rates(flops=789e12, bandwidth=2.95e12), 2.692),
-        ("llama2-7b", {}, 1, H200, 2.414),
-        ("llama2-7b", {"checkpointing": True}, 1, H200, 3.321),
-        ("llama2-7b", {}, 8, H200, 16.43),
-        ("smollm2-135m", {"max_steps": 8}, 24, H200, 2.537),
+        ("llama2-7b", {}, 1, 2.061),
+        ("llama2-7b", {"checkpointing": True}, 1, 2.917),
+        ("smollm2-135m", {"max_steps": 8}, 24, 2.006),
     ],
 )
-def test_a_round_takes_nearly_what_was_measured(name, changes, num_streams, rates, measured, monkeypatch):
+def test_a_round_takes_nearly_what_was_measured(name, changes, num_streams, measured, monkeypatch):
     """Milliseconds a token (records/latency, records/cost)."""
     monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
     preset = Preset(absorb=AbsorbConfig(**changes), stream=StreamConfig())
     shape = shape_of(geometry_config(name))
-    estimate = absorb_ms(shape, preset, rates, weight_bytes=2, num_streams=num_streams)
+    estimate = absorb_ms(shape, preset, H200, weight_bytes=2, num_streams=num_streams)
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(
-    ("rates", "merged", "measured"), [(H100, True, 5.11), (H100, False, 5.81), (H200, True, 4.02), (H200, False, 4.86)]
+    ("rates", "merged", "measured"), [(H100, True, 5.11), (H100, False, 5.81), (H200, True, 3.93), (H200, False, 4.65)]
 )
 def test_a_token_takes_nearly_what_was_measured(rates, merged, measured):
     """Milliseconds, LLaMA2-7B with 1280 tokens in view (notes/log.md, records/latency)."""

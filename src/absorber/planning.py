@@ -196,7 +196,9 @@ def needs(
     block = rows * _block_bytes(shape, weight_bytes, config.adapter_rank, fused=kernels.usable_on(device))
     kept = rows * shape.num_layers * shape.hidden * weight_bytes + block if config.checkpointing else None
     converted = adapter * weight_bytes if weight_bytes != adapter_bytes else 0  # for the products
-    student = block * shape.num_layers + converted if kept is None else kept + converted // shape.num_layers
+    if kept is not None and (quantization != "none" or not kernels.usable_on(device)):
+        converted //= shape.num_layers  # hooks convert the factors of a block when it is computed again
+    student = converted + (block * shape.num_layers if kept is None else kept)
     # Nothing is kept for a backward pass: the widest place of a block, and what goes around it.
     teacher = taught * weight_bytes * (4 * shape.hidden + 3 * shape.intermediate)
     lessons = 1 + min(config.replay_rounds, round(config.replay_share * config.max_steps)) + config.has_anchors
