@@ -19,6 +19,7 @@ from absorber.backbone import (
     untouched,
 )
 from absorber.config import AbsorbConfig
+from absorber.errors import ModelError
 from absorber.fused_adapter import together
 from absorber.fused_text import fused
 
@@ -116,6 +117,15 @@ def test_projections_without_siblings_in_the_adapter_keep_their_hooks(kernels_ru
     assert_equal(backbone, adapter)
     with untouched(backbone.model), adapter.attached(backbone), together(backbone, adapter):
         assert {name.rpartition(".")[2] for name in adapter.elsewhere} == {"o_proj"}
+
+
+def test_a_batch_that_does_not_fit_the_streams_is_refused(kernels_run):
+    backbone = make()
+    adapter = fresh(backbone, 2)
+    three = torch.zeros(3, 4, dtype=torch.long, device=DEVICE)
+    refused = pytest.raises(ModelError, match="2 streams, so the batch needs as many rows")
+    with untouched(backbone.model), adapter.attached(backbone), together(backbone, adapter), refused:
+        forward_states(backbone, three)
 
 
 def test_it_is_used(kernels_run):

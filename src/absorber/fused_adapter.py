@@ -19,7 +19,7 @@ from absorber import kernels
 from absorber.adapter import Adapter
 from absorber.backbone import Backbone, families, lying_together
 from absorber.fused_text import forwards
-from absorber.low_rank import frozen_weight, outer_products
+from absorber.low_rank import check_rows, frozen_weight, outer_products
 
 
 @contextlib.contextmanager
@@ -104,6 +104,7 @@ class _Family:
     def _all(self, x: Tensor) -> Sequence[Tensor]:
         if not self._adapter.enabled:
             return self.base(x)
+        check_rows(x, len(self.down_BSI))
         outputs: tuple[Tensor, ...] = _Together.apply(x, self, *self.downs, *self.ups)  # type: ignore[no-untyped-call]
         return outputs
 

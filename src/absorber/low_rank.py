@@ -34,10 +34,7 @@ def add_low_rank(
     if scale != 1:
         up_BOR = up_BOR * scale  # the smaller factor
     num_streams = down_BRI.shape[0]
-    if num_streams > 1 and x.shape[0] % num_streams:
-        raise ModelError(
-            f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
-        )
+    check_rows(x, num_streams)
     if kernels.usable(x) and torch.is_grad_enabled():
         summed: Tensor = _AddLowRank.apply(output, x, down_BRI, up_BOR)  # type: ignore[no-untyped-call]
         return summed
@@ -47,6 +44,18 @@ def add_low_rank(
         output_BTO.baddbmm_(low_BTR, up_BOR.to(x.dtype).mT)
         return output
     return torch.baddbmm(output_BTO, low_BTR, up_BOR.to(x.dtype).mT).view_as(output)
+
+
+def check_rows(x: Tensor, num_streams: int) -> None:
+    """Refuse an input whose rows cannot be shared out among the streams.
+
+    Raises:
+        ModelError: If it is one.
+    """
+    if num_streams > 1 and x.shape[0] % num_streams:
+        raise ModelError(
+            f"the adapter has {num_streams} streams, so the batch needs as many rows, or a multiple; got {x.shape[0]}"
+        )
 
 
 def frozen_weight(module: nn.Module) -> Tensor | None:
