@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import absorber.absorption
+import absorber.lessons
 from absorber import AbsorbConfig, ConfigError, ContextError, DeviceMemoryError, DivergedError, StreamConfig
 from absorber.absorption import absorb_context
 from absorber.adapter import Adapter
@@ -192,6 +193,27 @@ def test_the_base_is_asked_once_of_each_text(backbone, monkeypatch, teacher, ask
     assert (len(rounds) > 13) == asked_again
     anchors = [texts for texts in asked if not texts[0][0]]
     assert len(anchors) == 1  # both texts, in one order or the other
+
+
+@pytest.mark.parametrize("num_streams", [1, 3])
+def test_what_was_kept_is_what_would_be_said(backbone, monkeypatch, num_streams):
+    """Rounds whose teacher is always asked end with the same weights."""
+    config = AbsorbConfig(rank=2, max_steps=8, anchor_texts=3, anchor_tokens=6, learning_rate=2e-3)
+    sizes = StreamConfig(context_tokens=8, sync_tokens=12)
+    ends = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(absorber.lessons.Lesson, "taught", lambda lesson, target, **more: _say(lesson, target))
+        adapter = Adapter.fresh(backbone, config, num_streams=num_streams)
+        stream = Stream(backbone, adapter, config, sizes, sink_id=0)
+        stream.append(torch.randint(1, 90, (num_streams, 20 + 8 * 9), generator=torch.Generator().manual_seed(0)))
+        ends.append(adapter.snapshot())
+    for kept, asked in zip(*ends, strict=True):
+        torch.testing.assert_close(kept, asked, rtol=1e-4, atol=1e-6)
+
+
+def _say(lesson, target):
+    lesson.target = target
 
 
 def test_the_sink_is_never_scored_and_stands_before_both(backbone):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from absorber import kernels
 from absorber.adapter import Adapter
@@ -22,6 +22,7 @@ from absorber.config import AbsorbConfig
 from absorber.errors import ModelError
 from absorber.fused_adapter import together
 from absorber.fused_text import fused
+from architectures import ARCHITECTURES, build
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +101,56 @@ def test_families_equal_hooks(kernels_run, kind, num_streams, laid):
     assert not backbone.decoder._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(kernels_run, name):
+    model = build(name).to(DEVICE)
+    lay_together(model)
+    backbone = inspect(model)
+    assert_equal(backbone, fresh(backbone, 2))
+
+
+@pytest.mark.parametrize("laid", [False, True])
+@pytest.mark.parametrize("modules", [None, ("q_proj", "v_proj")])
+def test_a_model_that_changes_q_k_and_v_in_place(kernels_run, modules, laid):
+    torch.manual_seed(0)
+    model = OlmoForCausalLM(OlmoConfig(**SIZES, clip_qkv=0.05)).to(DEVICE).eval()
+    if laid:
+        lay_together(model)
+    backbone = inspect(model)
+    assert_equal(backbone, fresh(backbone, target_modules=modules))
+
+
+@pytest.mark.parametrize("alter", ["hook", "forward"])
+def test_what_others_did_to_a_projection_goes_on(kernels_run, alter):
+    """A hook that triples what k gives, before the memory is added to it, as outside a round."""
+    backbone = make(laid=True)
+    projection = backbone.blocks[0].self_attn.k_proj
+    if alter == "hook":
+        projection.register_forward_hook(lambda module, args, output: 3 * output)
+    else:
+        usual = projection.forward
+        projection.forward = lambda x: 3 * usual(x)
+    adapter = fresh(backbone)
+    assert_equal(backbone, adapter)
+    with untouched(backbone.model), adapter.attached(backbone), together(backbone, adapter):
+        assert not any("layers.0.self_attn.q" in name for name in adapter.elsewhere)
+        assert any("layers.1.self_attn.q" in name for name in adapter.elsewhere)
+
+
+def test_siblings_of_other_widths_are_no_family(kernels_run):
+    backbone = make()
+    attention = backbone.blocks[0].self_attn
+    attention.v_proj = torch.nn.Linear(24, 16, bias=False).to(DEVICE)
+    lay_together(backbone.model)
+    backbone = inspect(backbone.model)
+    names = [[name.rpartition(".")[2] for name in family] for family in families(backbone)[:2]]
+    assert names == [["q_proj", "k_proj"], ["v_proj"]]
+    assert lying_together([torch.ones(8)[:4].view(2, 2), torch.ones(8)[4:].view(1, 4)]) is None
+    whole = torch.ones(8)
+    assert lying_together([whole[:4].view(2, 2), whole[4:].view(1, 4)]) is None
+    assert lying_together([whole[:4].view(2, 2), whole[4:].view(2, 2)]).shape == (4, 2)
+
+
 def test_some_streams_alone(kernels_run):
     backbone = make()
     assert_equal(backbone, fresh(backbone, 3), rows=torch.tensor([0, 2]))
@@ -169,7 +220,7 @@ def test_steps_with_it_can_be_recorded(kernels_run):
     backbone = make()
     adapter = fresh(backbone)
     with untouched(backbone.model), adapter.attached(backbone), fused(backbone), together(backbone, adapter):
-        assert not altered_by_others(backbone)
+        assert not altered_by_others(*backbone.decoder.modules())
 
 
 def test_laying_together_keeps_the_model():

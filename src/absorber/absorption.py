@@ -195,7 +195,8 @@ def absorb_context(
 
 def _lessons(own: Lesson, earlier: Earlier | Sequence[Earlier], config: AbsorbConfig) -> Lessons | LessonsTogether:
     def of(own: Lesson, one: Earlier) -> Lessons:
-        if one.own is not None and one.own.subsequent_BM.shape == own.subsequent_BM.shape:
+        again = config.replay_rounds * config.replay_share > 0
+        if again and one.own is not None and one.own.subsequent_BM.shape == own.subsequent_BM.shape:
             own = dataclasses.replace(own, source=one.own)
         return Lessons(own, past=one.past, anchors=one.anchors, config=config, round_number=one.round_number)
 

@@ -1,6 +1,6 @@
 """Causal language models as the method sees them: look into one, run it and keep its hidden states.
 
-The user's Hugging Face model stays their own object: nothing here replaces a module or changes a weight, and
+The user's Hugging Face model stays their own object: nothing here replaces a module or changes a weight's value, and
 hooks live no longer than the `with` block or call that sets them.
 
 Shapes: B streams, T tokens, D hidden, V vocabulary.
@@ -128,10 +128,11 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def families(backbone: Backbone) -> list[tuple[str, ...]]:
     """Names of the projections, those that read the same input together."""
     found: dict[Any, list[str]] = {}
-    for name in backbone.projections:
+    for name, projection in backbone.projections.items():
         parent, _, own = name.rpartition(".")
         place = next((place for place, names in enumerate(_SIBLINGS) if own in names), own)
-        found.setdefault((parent, place), []).append(name)
+        # Of another width than its siblings is what reads something else, as k and v of another model's states.
+        found.setdefault((parent, place, num_features(projection)[0]), []).append(name)
     return [tuple(names) for names in found.values()]
 
 
@@ -139,12 +140,16 @@ def families(backbone: Backbone) -> list[tuple[str, ...]]:
 def lay_together(model: nn.Module) -> None:
     """Lay the weights of q, k and v of each attention one behind another in memory; their values stay, bit for bit.
 
-    Products of one input and several weights that lie so can be one product, which a GPU computes sooner.
+    Products of one input and several weights that lie so can be one product, which a GPU computes sooner. For a model
+    that is the library's own as yet: what held a weight's storage goes on holding the old one, and safetensors'
+    `save_model` refuses parts of one storage, which `save_pretrained` takes apart.
     """
     for module in model.modules():
         projections = [getattr(module, name, None) for name in _SIBLINGS[0]]
         if all(type(projection) is nn.Linear for projection in projections):
             weights: list[Tensor] = [projection.weight for projection in projections]  # type: ignore[union-attr]
+            if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) > 1:
+                continue
             pieces = torch.split(torch.cat(weights), [len(weight) for weight in weights])
             for weight, piece in zip(weights, pieces, strict=True):
                 weight.data = piece
@@ -155,7 +160,8 @@ def lying_together(weights: Sequence[Tensor]) -> Tensor | None:
     first, ends = weights[0], [weight.data_ptr() + weight.nbytes for weight in weights]
     if len(weights) < 2 or ends[:-1] != [weight.data_ptr() for weight in weights[1:]]:
         return None
-    if any(not weight.is_contiguous() or weight.dtype != first.dtype for weight in weights):
+    kind = first.dtype, first.shape[1]
+    if any(not weight.is_contiguous() or (weight.dtype, weight.shape[1]) != kind for weight in weights):
         return None
     if len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:  # neighbors by chance
         return None
@@ -316,11 +322,11 @@ def hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in found if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
 
 
-def altered_by_others(backbone: Backbone) -> bool:
-    """Whether somebody else than this library has hooks on the model's modules, or forwards of their own."""
+def altered_by_others(*modules: nn.Module) -> bool:
+    """Whether somebody else than this library has hooks on some of these modules, or forwards of their own."""
     functions = [
         function
-        for module in (*backbone.decoder.modules(), backbone.head)
+        for module in modules
         for function in (*hooks(module), *([vars(module)["forward"]] if "forward" in vars(module) else []))
     ]
     return any(not str(getattr(function, "__module__", "")).startswith("absorber.") for function in functions)

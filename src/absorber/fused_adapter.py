@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from absorber import kernels
 from absorber.adapter import Adapter
-from absorber.backbone import Backbone, families, lying_together
+from absorber.backbone import Backbone, altered_by_others, families, lying_together
 from absorber.fused_text import forwards
 from absorber.low_rank import check_rows, frozen_weight, outer_products
 
@@ -26,11 +26,12 @@ from absorber.low_rank import check_rows, frozen_weight, outer_products
 def together(backbone: Backbone, adapter: Adapter) -> Iterator[None]:
     """Let an attached adapter be applied by families inside the `with` block, where kernels can run.
 
-    What is not a plain frozen projection keeps its hook. As with `fused`, a backward pass through blocks that are
-    `checkpointed` belongs into the same block.
+    What is not a plain frozen projection, or is altered by others, keeps its hook. As with `fused`, a backward pass
+    through blocks that are `checkpointed` belongs into the same block.
     """
-    found = [_Family(backbone, adapter, names) for names in families(backbone) if _can(backbone, adapter, names)]
-    if not found or not kernels.usable_on(backbone.device.type):
+    able = families(backbone) if kernels.usable_on(backbone.device.type) else []
+    found = [_Family(backbone, adapter, names) for names in able if _can(backbone, adapter, names)]
+    if not found:
         yield
         return
     handle = backbone.decoder.register_forward_pre_hook(lambda *args: _take_factors(found, adapter))
@@ -45,8 +46,9 @@ def together(backbone: Backbone, adapter: Adapter) -> Iterator[None]:
 
 
 def _can(backbone: Backbone, adapter: Adapter, names: Sequence[str]) -> bool:
-    weights = [frozen_weight(backbone.projections[name]) for name in names]
-    return all(
+    modules = [backbone.projections[name] for name in names]
+    weights = [frozen_weight(module) for module in modules]
+    return not altered_by_others(*modules) and all(
         name in adapter.down and weight is not None and weight.device == adapter.down[name].device
         for name, weight in zip(names, weights, strict=True)
     )
@@ -61,13 +63,13 @@ class _Family:
         self.modules: list[Any] = [backbone.projections[name] for name in names]
         self.weights: list[Tensor] = [module.weight for module in self.modules]
         self.sizes, self.scale = [len(weight) for weight in self.weights], adapter.scale
-        self.joint_OI = lying_together(self.weights)
-        biases = [module.bias for module in self.modules]
-        if any((bias is None) != (biases[0] is None) for bias in biases):
-            self.joint_OI = None
-        self._bias = None if self.joint_OI is None or biases[0] is None else torch.cat(biases)
-        self._input: Tensor | None = None
-        self._left: dict[int, Tensor] = {}
+        self._biases = [module.bias for module in self.modules if module.bias is not None]
+        # Parts of one result cannot be changed in place, as models do that clip them (OLMo).
+        whole = len(self._biases) in (0, len(names)) and getattr(backbone.model.config, "clip_qkv", None) is None
+        self.joint_OI = lying_together(self.weights) if whole else None
+        self._input: Tensor | None
+        self._left: dict[int, Tensor]
+        self.forget()
 
     def calls(self) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """What each projection is to run instead of its own forward."""
@@ -86,10 +88,16 @@ class _Family:
         self.down_BSI = chosen[0][0].new_empty(num_streams, rank * len(self.names), inputs, dtype=kind)
         self.ups_BOR = [torch.empty_like(up, dtype=kind) for up in self.ups]
 
+    def forget(self) -> None:
+        """Give up what nobody asked for."""
+        self._input, self._left = None, {}
+
     def base(self, x: Tensor) -> list[Tensor]:
         """What the projections make of x without a memory."""
         if self.joint_OI is not None:
-            return list(torch.split(nn.functional.linear(x, self.joint_OI, self._bias), self.sizes, dim=-1))
+            # Made anew in each pass: a recorded one keeps what it made, not what was made before it.
+            bias = torch.cat(self._biases) if self._biases else None
+            return list(torch.split(nn.functional.linear(x, self.joint_OI, bias), self.sizes, dim=-1))
         return [nn.functional.linear(x, module.weight, module.bias) for module in self.modules]
 
     def _call(self, index: int, x: Tensor) -> Tensor:
@@ -111,7 +119,9 @@ class _Family:
 
 @torch.no_grad()
 def _take_factors(found: Sequence[_Family], adapter: Adapter) -> None:
-    """Bring the factors of all families into the model's type, B with the adapter's scale."""
+    """Bring the factors of all families into the model's type, B with the adapter's scale; forget the pass before."""
+    for family in found:
+        family.forget()
     if not adapter.enabled:
         return
     for family in found:

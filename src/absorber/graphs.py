@@ -25,7 +25,7 @@ _RECORDABLE = {"llama", "mistral", "qwen2", "qwen3"}
 _MASKLESS = "absorber_causal"
 # Of these the angles change with the length of what was read, which a recorded step would not see.
 _CHANGING_ROPE = {"dynamic", "longrope"}
-# Each holds gradients of a whole adapter.
+# Those of steps hold gradients of a whole adapter.
 _MOST_RECORDED = 12
 
 Compute = Callable[..., Tensor]
@@ -83,7 +83,7 @@ class StepGraphs:
                 del self._recorded[next(iter(self._recorded))]
             self._recorded[key] = None  # kernels are chosen and compiled by a usual run
             return None
-        found = self._recorded[key]
+        found = self._recorded[key] = self._recorded.pop(key)  # the latest used are kept
         if found is None:
             try:
                 found = self._recorded[key] = self._record(compute, inputs, finish)
@@ -132,7 +132,11 @@ def is_plain(backbone: Backbone) -> bool:
 
 def graphs_of(backbone: Backbone, adapter: Adapter) -> StepGraphs | None:
     """Return the adapter's graphs, or None if its model's steps cannot be recorded."""
-    if backbone.device.type != "cuda" or not is_plain(backbone) or altered_by_others(backbone):
+    if (
+        backbone.device.type != "cuda"
+        or not is_plain(backbone)
+        or altered_by_others(*backbone.decoder.modules(), backbone.head)
+    ):
         return None
     if any(type(projection) is not nn.Linear for projection in backbone.projections.values()):
         return None  # quantized, by kernels of which nobody said that they can be recorded

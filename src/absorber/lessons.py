@@ -17,7 +17,7 @@ from torch import Tensor
 
 from absorber.config import AbsorbConfig
 from absorber.optimizer import settled
-from absorber.synchronization import Target
+from absorber.synchronization import Target, to_host
 
 Item = TypeVar("Item")
 
@@ -74,8 +74,9 @@ class _Drawn:
 
     def keep(self, target: Target) -> None:
         """Take what the base says of them, which is the same in all streams."""
-        ((_, final_BMD),) = target.rows(torch.tensor([0])).to_host().finals
-        self.anchors.said.update(zip(self.chosen, final_BMD[0].chunk(len(self.chosen)), strict=True))
+        ((_, final_BMD),) = target.finals
+        for place, final_AD in zip(self.chosen, final_BMD[0].chunk(len(self.chosen)), strict=True):
+            self.anchors.said[place] = to_host(final_AD)  # of its own: drawn texts come in many groups
 
 
 @dataclass(slots=True, eq=False)

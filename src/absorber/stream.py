@@ -308,7 +308,7 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
         first._config,
         sink_id=first._sink_id,
         earlier=[stream.earlier() for stream in streams],
-        on_step=on_step,
+        on_step=on_step if any(stream._on_step is not None for stream in streams) else None,
     )
     for index, (stream, result) in enumerate(zip(streams, results, strict=True)):
         stream.adapter.restore([weight[index : index + 1] for weight in batch.parameters()])

@@ -37,13 +37,8 @@ class Target:
         return self._mapped(lambda states: states.to(device, non_blocking=True))
 
     def to_host(self) -> "Target":
-        """Copy to the CPU, from a GPU into pinned memory without waiting for it: who reads it there has to."""
-
-        def copied(states: Tensor) -> Tensor:
-            held = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
-            return held.copy_(states, non_blocking=True)
-
-        return self._mapped(copied)
+        """Copy to the CPU; see the function of this name."""
+        return self._mapped(to_host)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Target":
         return Target(
@@ -65,6 +60,18 @@ class Target:
                 for parts in zip(*(target.finals for target in targets), strict=True)
             ),
         )
+
+
+def to_host(states: Tensor) -> Tensor:
+    """Copy to the CPU, from a GPU into pinned memory without waiting for it: who reads it there has to.
+
+    Where the system gives no such memory the copy waits.
+    """
+    try:
+        held = torch.empty(states.shape, dtype=states.dtype, pin_memory=states.is_cuda)
+    except RuntimeError:
+        return states.to("cpu")
+    return held.copy_(states, non_blocking=True)
 
 
 def hidden_distance(
