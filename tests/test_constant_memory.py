@@ -63,7 +63,7 @@ def stream_fifty_windows(model, tokenizer, after_window=lambda number: None):
         )
         assert len(session._stream.reservoir.items) <= CONFIG.replay_rounds
         assert len(session._stream.studied.items) <= CONFIG.study_rounds
-        assert session._stream.anchors.shape == (4, 16)
+        assert session._stream.anchors.texts_QA.shape == (4, 16)
     assert min(CONFIG.replay_share, CONFIG.anchor_share) > 0
     assert len(session._stream.reservoir.items) == CONFIG.replay_rounds
     assert session.memory.num_rounds >= 98

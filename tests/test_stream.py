@@ -257,11 +257,11 @@ def test_a_batch_of_streams_is_as_many_single_ones(model, config):
     batch = make(backbone, (6, 9), num_streams=3, config=config)
     batch.append(token_ids)
     assert batch.num_rounds == 8
-    assert batch.anchors.shape == (3, 4)
+    assert batch.anchors.texts_QA.shape == (3, 4)
     for row in range(3):
         single = make(backbone, (6, 9), config=config)
         single.append(token_ids[row : row + 1])
-        assert torch.equal(single.anchors, batch.anchors)
+        assert torch.equal(single.anchors.texts_QA, batch.anchors.texts_QA)
         for ours, alone in zip(batch.reservoir.items, single.reservoir.items, strict=True):
             assert torch.equal(ours.context_BN[row : row + 1], alone.context_BN)
             assert torch.equal(ours.subsequent_BM[row : row + 1], alone.subsequent_BM)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from absorber.errors import MemoryFileError, SessionNotFoundError
-from absorber.lessons import Past
+from absorber.lessons import Anchors, Past
 from absorber.memory import Memory
 from absorber.notes import Notes
 from absorber.store import read_json, recover, whole_folder, write_json
@@ -62,7 +62,7 @@ class SavedSession:
                 [past.context_BN[0].tolist(), past.subsequent_BM[0].tolist()] for past in stream.reservoir.items
             ],
             studied_codes=[[part[0].tolist() for part in notes] for notes in stream.studied.items],
-            anchor_ids=None if stream.anchors is None else stream.anchors.tolist(),
+            anchor_ids=None if stream.anchors is None else stream.anchors.texts_QA.tolist(),
             sources=sources,
             random_state=random_state,
             moments={} if optimizer is None else optimizer.state_dict()["state"],
@@ -84,7 +84,7 @@ class SavedSession:
             for context, subsequent in self.replay_ids
         ]
         stream.studied.items = [Notes.of(*parts, config=self.memory.config) for parts in self.studied_codes]
-        stream.anchors = None if self.anchor_ids is None else torch.tensor(self.anchor_ids)
+        stream.anchors = None if self.anchor_ids is None else Anchors(torch.tensor(self.anchor_ids))
         if stream.optimizer is not None and self.moments:
             _check_moments(self.moments, self.memory.adapter.parameters())
             stream.optimizer.load_state_dict({**stream.optimizer.state_dict(), "state": self.moments})

@@ -90,17 +90,9 @@ class Stream:
         """Earlier rounds to train on again."""
         self.studied: Reservoir[Notes] = Reservoir(config.study_rounds, seed=f"{config.seed}/study")
         """Notes of them, to study again."""
-        self._anchors: Anchors | None = None
+        self.anchors: Anchors | None = None
+        """Texts on which the model should stay as it is; written before the first round."""
         self._own: Past | None = None
-
-    @property
-    def anchors(self) -> Tensor | None:
-        """Texts [Q, A] on which the model should stay as it is; written before the first round."""
-        return None if self._anchors is None else self._anchors.texts_QA
-
-    @anchors.setter
-    def anchors(self, texts_QA: Tensor | None) -> None:
-        self._anchors = None if texts_QA is None else Anchors(texts_QA)
 
     def append(self, token_ids_BT: Tensor) -> None:
         """Add tokens at the end, absorbing what leaves the window.
@@ -218,16 +210,18 @@ class Stream:
     def earlier(self) -> Earlier:
         """What the rounds before leave for the next one, which takes it; anchors are written if there are none."""
         if self.anchors is None and self._config.has_anchors:
-            self.anchors = write_from_nothing(
+            texts_QA = write_from_nothing(
                 self._backbone, self._config, sink_id=self._sink_id, on_token=self._telling("writing anchors")
             )
+            self.anchors = Anchors(texts_QA)
         self._own = Past(*self.next_texts(self.window_BT[:, :0]))
-        return Earlier(self.reservoir.items, self._anchors, self.num_rounds + 1, self._own)
+        return Earlier(self.reservoir.items, self.anchors, self.num_rounds + 1, self._own)
 
     def _take_notes(self) -> Notes:
         place, size = self._backbone.device, self._stream.context_tokens
+        anchors_QA = None if self.anchors is None else self.anchors.texts_QA
         study.begin(
-            self._backbone, self.adapter, self.window_BT.to(place), self.anchors, self._config, sink_id=self._sink_id
+            self._backbone, self.adapter, self.window_BT.to(place), anchors_QA, self._config, sink_id=self._sink_id
         )
         return take_notes(
             self._backbone,
@@ -294,9 +288,9 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
                 stream._on_step(step, loss_B[index : index + 1])
 
     # What the base writes from nothing is the same for all of them.
-    anchors = next((stream._anchors for stream in streams if stream._anchors is not None), None)
+    anchors = next((stream.anchors for stream in streams if stream.anchors is not None), None)
     for stream in streams:
-        stream._anchors = stream._anchors or anchors
+        stream.anchors = stream.anchors or anchors
         anchors = stream.earlier().anchors
     texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
     batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])

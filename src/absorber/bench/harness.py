@@ -18,12 +18,12 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from torch import Tensor
 
 from absorber.adapter import Adapter
 from absorber.backbone import forward_states, inspect, sink_token, untouched
 from absorber.config import Preset, preset, read_toml
 from absorber.errors import ConfigError
+from absorber.lessons import Anchors
 from absorber.memory import Memory
 from absorber.models import load
 from absorber.notes import make_guide
@@ -82,7 +82,7 @@ class AbsorberLM(HFLM):
         self._adapter = saved.adapter if saved else Adapter.fresh(self._backbone, self._settings.absorb)
         self._first = self._adapter.snapshot()
         self._guide = None if self._settings.absorb.study == "off" else make_guide(tokenizer, pretrained)
-        self._anchors: Tensor | None = None
+        self._anchors: Anchors | None = None
         self._absorbed = False
         self.num_absorbed = 0
         """Rounds of all contexts so far."""
@@ -141,7 +141,7 @@ class AbsorberLM(HFLM):
             guide=self._guide,
         )
         stream.num_rounds = self._rounds_before
-        stream.anchors = self._anchors  # what the base writes from nothing is the same every time
+        stream.anchors = self._anchors  # what the base writes from nothing, and says of it, is the same every time
         return stream
 
     @torch.enable_grad()
