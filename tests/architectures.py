@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 VOCABULARY = 257  # that of the byte tokenizer
 SLIDING = 6
 """Tokens that a sliding-window layer of these models sees."""
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
+"""Of a Llama of two blocks whose heads kernels can take."""
 
 
 @dataclass(frozen=True)

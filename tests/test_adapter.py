@@ -63,6 +63,10 @@ def test_add_low_rank(shape):
         one = add_low_rank(output, x, down_BRI[:1], up_BOR[:1], scale=scale)
         torch.testing.assert_close(one, output + scale * x @ (up_BOR[0] @ down_BRI[0]).T)
     assert torch.equal(output, given_output)
+    with torch.no_grad():
+        over = add_low_rank(output, x, down_BRI, up_BOR, scale=2.5, over=True)
+    torch.testing.assert_close(over, added)
+    assert over.data_ptr() == output.data_ptr()
     with pytest.raises(
         ModelError, match="the adapter has 2 streams, so the batch needs as many rows, or a multiple; got"
     ):

@@ -1,12 +1,12 @@
 """Projections that are computed together equal those with hooks; without a GPU in Triton's interpreter."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from absorber import kernels
 from absorber.adapter import Adapter
 from absorber.backbone import (
     altered_by_others,
@@ -22,19 +22,10 @@ from absorber.config import AbsorbConfig
 from absorber.errors import ModelError
 from absorber.fused_adapter import together
 from absorber.fused_text import fused
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, SIZES, build
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
-
-
-@pytest.fixture
-def kernels_run(monkeypatch):
-    """Say that kernels can run here, as they can: by interpretation."""
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
-    monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
 
 
 def make(kind="llama", *, laid=False):
@@ -67,17 +58,12 @@ def states_and_gradients(backbone, adapter, *, active, rows=None, checkpointing=
     adapter.enabled = enabled
     for weight in adapter.parameters():
         weight.grad = None
-    with untouched(backbone.model), adapter.attached(backbone), adapter.only(rows):
-        if not active:
+    by_families = together(backbone, adapter) if active else contextlib.nullcontext()
+    with untouched(backbone.model), adapter.attached(backbone), adapter.only(rows), by_families:
+        with checkpointed(backbone, active=checkpointing and active):
             final = forward_states(backbone, input_ids).final_BTD
-            if enabled:
-                final.sin().sum().backward()
-        else:
-            with together(backbone, adapter):
-                with checkpointed(backbone, active=checkpointing):
-                    final = forward_states(backbone, input_ids).final_BTD
-                if enabled:
-                    final.sin().sum().backward()
+        if enabled:
+            final.sin().sum().backward()
     return [final.detach(), *(weight.grad for weight in adapter.parameters() if enabled)]
 
 

@@ -8,23 +8,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from absorber import kernels, kernels_text
+from absorber import kernels_text
 from absorber.adapter import Adapter
 from absorber.backbone import checkpointed, forward_states, inspect, untouched
 from absorber.config import AbsorbConfig
 from absorber.fused_text import fused, gated, rotate
+from architectures import SIZES
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
-
-
-@pytest.fixture
-def kernels_run(monkeypatch):
-    """Say that kernels can run here, as they can: by interpretation."""
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: True)
-    monkeypatch.setattr(kernels, "usable_on", lambda kind: True)
 
 
 def random(*shape, seed=0, dtype=torch.float32):

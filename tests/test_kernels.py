@@ -114,9 +114,8 @@ def test_merge_rounded(outputs, inputs, rank, strength):
     assert float(((merged == below) | (merged == above)).float().mean()) > 0.999
     share = (exact.view(torch.int32) % 2**16).float().mean() / 2**16
     assert float((merged == above).float().mean()) == pytest.approx(float(share), abs=3 / (outputs * inputs) ** 0.5)
-    error = ((merged.float() - exact) / (above - below)).clamp(
-        -1, 1
-    )  # a sum near zero is exact to its terms, not to itself
+    # A sum near zero is exact to its terms, not to itself.
+    error = ((merged.float() - exact) / (above - below)).clamp(-1, 1)
     assert float(error.mean()) == pytest.approx(0, abs=3 / (outputs * inputs) ** 0.5)
 
 

@@ -147,8 +147,13 @@ def absorb_context(
     results = [RoundResult() for _ in range(num_streams)]
     optimizer = optimizer or new_optimizer(adapter.parameters(), config)
     try:
-        quick = fused(backbone), together(backbone, adapter)
-        with untouched(backbone.model), on_its_device(backbone), adapter.attached(backbone), quick[0], quick[1]:
+        with (
+            untouched(backbone.model),
+            on_its_device(backbone),
+            adapter.attached(backbone),
+            fused(backbone),
+            together(backbone, adapter),
+        ):
             judged = config.held_out_tokens
             if num_generated or subsequent_BM.shape[1] < judged + 2:
                 judged = 0
@@ -195,8 +200,7 @@ def absorb_context(
 
 def _lessons(own: Lesson, earlier: Earlier | Sequence[Earlier], config: AbsorbConfig) -> Lessons | LessonsTogether:
     def of(own: Lesson, one: Earlier) -> Lessons:
-        again = config.replay_rounds * config.replay_share > 0
-        if again and one.own is not None and one.own.subsequent_BM.shape == own.subsequent_BM.shape:
+        if config.has_replay and one.own is not None and one.own.subsequent_BM.shape == own.subsequent_BM.shape:
             own = dataclasses.replace(own, source=one.own)
         return Lessons(own, past=one.past, anchors=one.anchors, config=config, round_number=one.round_number)
 

@@ -271,6 +271,11 @@ class AbsorbConfig(_Settings):
         return self.rank + (0 if self.study == "off" else self.study_rank)
 
     @property
+    def has_replay(self) -> bool:
+        """Whether any step is on an earlier round."""
+        return self.replay_rounds * self.replay_share > 0
+
+    @property
     def has_anchors(self) -> bool:
         """Whether any step is on an anchor, which has no next-token term."""
         return self.anchor_share * (self.kl_weight + self.hidden_weight) > 0

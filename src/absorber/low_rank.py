@@ -74,9 +74,8 @@ class _AddLowRank(torch.autograd.Function):
         output_BTO, x_BTI = (y.reshape(len(down_BRI), -1, y.shape[-1]) for y in (output, x))
         low_BTR = torch.bmm(x_BTI, down_BRI.mT)
         ctx.save_for_backward(x, low_BTR, down_BRI, up_BOR)
-        summed = torch.empty_like(
-            output, memory_format=torch.contiguous_format
-        )  # no view, which models could not change
+        # No view, which models could not change in place.
+        summed = torch.empty_like(output, memory_format=torch.contiguous_format)
         torch.baddbmm(output_BTO, low_BTR, up_BOR.mT, out=summed.view_as(output_BTO))
         return summed
 

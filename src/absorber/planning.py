@@ -249,7 +249,7 @@ def absorb_ms(
     config, stream = preset.absorb, preset.stream
     taught = 1
     if config.hidden_weight or config.teacher != "base":
-        taught += (config.replay_share * config.replay_rounds > 0) + config.has_anchors
+        taught += config.has_replay + config.has_anchors
     # Passes over a token: forward, and a backward pass counts as two of reading and writing, as one of products.
     once = taught * stream.window_tokens + stream.sync_tokens
     steps = config.max_steps * stream.sync_tokens

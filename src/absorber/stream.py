@@ -92,7 +92,7 @@ class Stream:
         """Notes of them, to study again."""
         self.anchors: Anchors | None = None
         """Texts on which the model should stay as it is; written before the first round."""
-        self._own: Past | None = None
+        self._own: Past | None = None  # of the round that is under way
 
     def append(self, token_ids_BT: Tensor) -> None:
         """Add tokens at the end, absorbing what leaves the window.
@@ -289,9 +289,11 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
 
     # What the base writes from nothing is the same for all of them.
     anchors = next((stream.anchors for stream in streams if stream.anchors is not None), None)
+    earlier = []
     for stream in streams:
         stream.anchors = stream.anchors or anchors
-        anchors = stream.earlier().anchors
+        earlier.append(stream.earlier())
+        anchors = stream.anchors
     texts = [stream.next_texts(stream.window_BT[:, :0]) for stream in streams]
     batch.restore([torch.cat(weights) for weights in zip(*(one.adapter.parameters() for one in streams), strict=True)])
     results = absorb_context(
@@ -301,7 +303,7 @@ def absorb_together(streams: Sequence[Stream], batch: Adapter) -> None:
         torch.cat([subsequent_BM for _, subsequent_BM in texts]).to(place),
         first._config,
         sink_id=first._sink_id,
-        earlier=[stream.earlier() for stream in streams],
+        earlier=earlier,
         on_step=on_step if any(stream._on_step is not None for stream in streams) else None,
     )
     for index, (stream, result) in enumerate(zip(streams, results, strict=True)):

@@ -404,8 +404,12 @@ class Desk:
 
         works: dict[str, Callable[[], Any]] = {"teacher_ms": asked, "student_step_ms": student, "look_ms": looked}
         works |= {"optimizer_ms": optimize, "snapshot_ms": adapter.snapshot}
-        quick = fused(self._backbone), together(self._backbone, adapter)
-        with untouched(self._backbone.model), adapter.attached(self._backbone), quick[0], quick[1]:
+        with (
+            untouched(self._backbone.model),
+            adapter.attached(self._backbone),
+            fused(self._backbone),
+            together(self._backbone, adapter),
+        ):
             figures = [
                 Figure(name, milliseconds(self._device, work, repeats=task.repeats, warm_ups=2), "ms")
                 for name, work in works.items()
